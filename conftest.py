@@ -1,0 +1,25 @@
+"""Options of the whole test run."""
+import os
+from pathlib import Path
+
+import pytest
+
+DATA = Path(os.environ.get("DEERML_SAMPLE_DATA", Path(__file__).resolve().parent.parent / "shared" / "data"))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also what takes minutes: sweeps in full, simulations, trainings")
+    parser.addoption("--nbflags", default="", help='flagged notebook cells to run as well, for example "gpu data"')
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+        if item.get_closest_marker("data") and not DATA.is_dir():
+            item.add_marker(pytest.mark.skip(reason="the sample data folder is absent: set DEERML_SAMPLE_DATA"))
+
+
+@pytest.fixture(scope="session")
+def sample_data() -> Path:
+    return DATA
