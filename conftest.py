@@ -4,11 +4,15 @@ from pathlib import Path
 
 import pytest
 
+# Settings of the person who runs the tests must not change them, and the tests must never reach that person's data.
+for name in [name for name in os.environ if name.startswith("DEERML_") and name != "DEERML_SAMPLE_DATA"]:
+    del os.environ[name]
+
 DATA = Path(os.environ.get("DEERML_SAMPLE_DATA", Path(__file__).resolve().parent.parent / "shared" / "data"))
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="also what takes minutes: sweeps in full, simulations, trainings")
+    parser.addoption("--slow", action="store_true", help="also what takes minutes: full sweeps, trainings")
     parser.addoption("--nbflags", default="", help='flagged notebook cells to run as well, for example "gpu data"')
 
 

@@ -13,6 +13,9 @@ def listed(key: str) -> list[str]:
     return about.get(key, "").split()
 
 
+# What may lie in the package beside its modules. A test builds the wheel and misses what is not listed here.
+DATA = "html css js svg yaml toml json txt".split()
+
 suffix = "_requirements"
 extras = {key.removesuffix(suffix): listed(key) for key in about if key.endswith(suffix)}
 extras["dev"] += extras["train"]
@@ -26,11 +29,12 @@ setup(
     author_email=about["author_email"],
     url=about["git_url"],
     license="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=f">={about['min_python']}",
     install_requires=listed("requirements"),
     extras_require=extras,
     packages=find_packages(include=[about["lib_path"], f"{about['lib_path']}.*"]),
-    package_data={"deerml": ["**/*.html", "**/*.yaml", "**/*.toml"]},
+    package_data={about["lib_path"]: [f"**/*.{kind}" for kind in DATA]},
     zip_safe=False,
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

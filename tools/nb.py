@@ -11,18 +11,22 @@
 `text` and `save` also take colab/*.ipynb. `text` without a file writes all notebooks.
 """
 import os
+import posixpath
 import re
 import secrets
 import sys
+from configparser import ConfigParser
 from pathlib import Path
 
-from execnb.nbio import mk_cell, nb2str, new_nb, read_nb, write_nb
+from execnb.nbio import mk_cell, new_nb, read_nb, write_nb
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = ROOT / ".nbtext"
 MARKER = re.compile(r"^# %%(?P<markdown> \[markdown\])?(?P<tags> tags=\S+)?(?: #(?P<id>[\w-]+))?[ \t]*$", re.M)
-DIRECTIVE = re.compile(r"^#\s*\|\s*([\w-]+)\s*:?[ \t]*(.*)$", re.M)
+LIKE_A_MARKER = re.compile(r"^# ?%%.*$", re.M)
+DIRECTIVE = re.compile(r"^#[ \t]*\|[ \t]*([\w-]+)[ \t]*:?[ \t]*(.*)$", re.M)
 HIDDEN = {"hide", "export", "exporti", "exports", "default_exp"}
+LINK = re.compile(r"(\]\()(?![a-z][a-z+.-]*:|[#/{])([^)\s]+)", re.I)
 
 
 def directives(source: str) -> dict[str, str]:
@@ -30,22 +34,34 @@ def directives(source: str) -> dict[str, str]:
     return {match[1]: match[2].strip() for match in DIRECTIVE.finditer(source)}
 
 
-def notebooks() -> list[Path]:
+def notebooks(root: Path = ROOT) -> list[Path]:
     "The notebooks of `nbs/` in reading order (folder number, notebook number); the index comes last"
-    found = [path for path in (ROOT / "nbs").rglob("*.ipynb") if not any(p[0] in "._" for p in path.relative_to(ROOT).parts)]
-    return sorted(found, key=lambda path: (path.name == "index.ipynb", path.relative_to(ROOT / "nbs").as_posix()))
+    top = root / "nbs"
+    found = [path for path in top.rglob("*.ipynb") if not any(part[0] in "._" for part in path.relative_to(top).parts)]
+    return sorted(found, key=lambda path: (path.name == "index.ipynb", path.relative_to(top).as_posix()))
+
+
+def refuse_what_text_cannot_hold(notebook) -> None:
+    "Raw cells, and lines that would be read back as the start of a cell"
+    for cell in notebook.cells:
+        if cell.cell_type not in ("code", "markdown"):
+            raise SystemExit(f"cell {cell.id} is of type {cell.cell_type}: only code and markdown are supported")
+        lines = re.sub("^", "# ", cell.source, flags=re.M) if cell.cell_type == "markdown" else cell.source
+        if found := LIKE_A_MARKER.search(lines):
+            raise SystemExit(f"cell {cell.id} holds a line that looks like the start of a cell: {found[0]!r}")
 
 
 def to_text(notebook) -> str:
     "Percent text in which every marker carries its cell id"
+    refuse_what_text_cannot_hold(notebook)
     parts = []
     for cell in notebook.cells:
-        if cell.cell_type not in ("code", "markdown"):
-            raise SystemExit(f"cell {cell.id} is of type {cell.cell_type}: only code and markdown are supported")
         prose = cell.cell_type == "markdown"
-        body = "".join(f"# {line}".rstrip() + "\n" for line in cell.source.splitlines()) if prose else cell.source + "\n"
-        tags = cell.get("metadata", {}).get("tags") or []
-        parts.append(f"# %%{' [markdown]' if prose else ''}{' tags=' + ','.join(tags) if tags else ''} #{cell.id}\n{body}")
+        lines = cell.source.split("\n")
+        body = "\n".join(f"# {line}" if line else "#" for line in lines) if prose else cell.source
+        tags = ",".join(cell.get("metadata", {}).get("tags") or [])
+        marker = f"# %%{' [markdown]' if prose else ''}{f' tags={tags}' if tags else ''} #{cell.id}"
+        parts.append(f"{marker}\n{body}\n")
     return "\n".join(parts)
 
 
@@ -53,22 +69,30 @@ def from_text(text: str, old=None):
     "The notebook that `text` describes, with ids, metadata and unchanged outputs of `old`"
     before = {cell.id: cell for cell in old.cells} if old else {}
     markers = list(MARKER.finditer(text))
-    cells = []
+    starts = {marker.start() for marker in markers}
+    if strange := [found[0] for found in LIKE_A_MARKER.finditer(text) if found.start() not in starts]:
+        raise SystemExit(f"no start of a cell: {strange[0]!r}; write `# %%` or `# %% [markdown]`, ` tags=a,b`, ` #id`")
+    cells, used = [], set()
     for marker, following in zip(markers, [*markers[1:], None]):
         source = text[marker.end():following.start() if following else None].strip("\n")
         if marker["markdown"]:
-            source = "\n".join(re.sub(r"^# ?", "", line) for line in source.splitlines())
+            source = "\n".join(re.sub(r"^# ?", "", line) for line in source.split("\n"))
         cell = mk_cell(source, "markdown" if marker["markdown"] else "code")
-        cell.id = marker["id"] or secrets.token_hex(4)
+        # A cell copied with its marker must not share the id of the first.
+        cell.id = marker["id"] if marker["id"] and marker["id"] not in used else secrets.token_hex(4)
+        used.add(cell.id)
+        past = before.get(cell.id)
         if marker["tags"]:
             cell.metadata["tags"] = marker["tags"].removeprefix(" tags=").split(",")
         if cell.cell_type == "code":
-            past = before.get(cell.id)
             unchanged = past is not None and past.cell_type == "code" and past.source == source
             cell.execution_count, cell.outputs = None, past.outputs if unchanged else []
+        elif past is not None and past.get("attachments"):
+            cell.attachments = past.attachments
         cells.append(cell)
     notebook = new_nb(cells)
-    notebook.metadata = old.metadata if old else {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
+    kernel = {"display_name": "python3", "language": "python", "name": "python3"}
+    notebook.metadata = old.metadata if old else {"kernelspec": kernel}
     return notebook
 
 
@@ -97,6 +121,8 @@ def save(text: Path) -> Path:
 
     path = notebook_path(text)
     old = read_nb(path) if path.exists() else None
+    if old:
+        refuse_what_text_cannot_hold(old)
     notebook = from_text(text.read_text(encoding="utf-8"), old)
     clean(notebook, clean_nb)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -140,18 +166,26 @@ def run(path: Path, flags: set[str] = frozenset()) -> None:
     write_nb(notebook, path)
 
 
-def readme_text() -> str:
-    "The README that `nbs/index.ipynb` makes: prose, code and text outputs; pictures stay in the notebook's folder"
-    from nbdev.config import get_config
+def at_the_root(link: str) -> str:
+    "A link as written in `nbs/index.ipynb`, as the README at the root must say it"
+    return posixpath.normpath(posixpath.join("nbs", link))
 
-    config = get_config(path=ROOT)
+
+def readme_text(root: Path = ROOT) -> str:
+    "The README that `nbs/index.ipynb` makes: prose, code and text outputs; pictures stay in the notebook's folder"
+    config = ConfigParser(delimiters=["="])
+    config.read(root / "settings.ini", encoding="utf-8")
+    about = config["DEFAULT"]
     parts = ["<!-- Made from nbs/index.ipynb: edit that, then run `python tools/nb.py readme`. -->"]
-    for cell in read_nb(ROOT / "nbs" / "index.ipynb").cells:
+    for cell in read_nb(root / "nbs" / "index.ipynb").cells:
         found = directives(cell.source)
         if found.keys() & HIDDEN:
             continue
         if cell.cell_type == "markdown":
-            parts.append(cell.source)
+            prose = LINK.sub(lambda match: match[1] + at_the_root(match[2]), cell.source)
+            for key in ("git_url", "user", "repo"):
+                prose = prose.replace(f"{{{key}}}", about[key])
+            parts.append(prose)
             continue
         code = "\n".join(line for line in cell.source.splitlines() if not DIRECTIVE.match(line)).strip()
         if code and found.get("echo", "").lower() != "false":
@@ -159,10 +193,9 @@ def readme_text() -> str:
         for output in cell.outputs:
             data = output.get("data", {})
             text = "".join(output.get("text") or data.get("text/markdown") or data.get("text/plain") or "")
-            if text:
+            if text and not any(kind.startswith("image/") for kind in data):
                 parts.append(text if "text/markdown" in data else f"```\n{text.rstrip()}\n```")
-    text = "\n\n".join(parts) + "\n"
-    return text.replace("{git_url}", config.git_url).replace("{user}", config.user).replace("{repo}", config.repo)
+    return "\n\n".join(parts) + "\n"
 
 
 def main(arguments: list[str]) -> None:
