@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['metadata', 'meta', 'camera', 'image', 'frame', 'sighting', 'exposure', 'feature', 'inference', 'detection', 'model',
            'judgement', 'review_event', 'draw', 'draw_stratum', 'draw_window', 'night_split', 'image_night',
-           'wal_is_safe', 'open_engine', 'revision_of', 'migrate']
+           'wal_is_safe', 'open_engine', 'copy_sqlite', 'revision_of', 'migrate']
 
 # %% ../../nbs/20_capture/01_schema.ipynb #3bf263f4
 import sqlite3
-from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.config import Config
 
-from ..core.clock import now
 from ..core.errors import DeermlError
 
 # %% ../../nbs/20_capture/01_schema.ipynb #0a063dc7
@@ -118,6 +116,15 @@ def open_engine(url: str) -> sa.Engine:
         sa.event.listen(engine, "connect", _configure_sqlite)
         sa.event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+# %% ../../nbs/20_capture/01_schema.ipynb #b526d958
+def copy_sqlite(engine: sa.Engine, target: Path) -> None:
+    "A whole copy of an SQLite database, while others may write. `VACUUM` runs outside of any transaction."
+    connection = engine.raw_connection()
+    try:
+        connection.driver_connection.execute("vacuum into ?", (str(target),))
+    finally:
+        connection.close()
 
 # %% ../../nbs/20_capture/01_schema.ipynb #48e56652
 def _script() -> ScriptDirectory:

@@ -61,7 +61,9 @@ def write_file(
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        raise no_space(path, error) if is_full(error) else error
+        if is_full(error):
+            raise no_space(path, error) from error
+        raise
     if sync_folder:
         fsync_folder(path.parent)
 
