@@ -204,7 +204,7 @@ def main(arguments: list[str]) -> None:
     command, *files = arguments
     paths = [Path(name) for name in files]
     if command == "text":
-        for path in paths or notebooks():
+        for path in paths or notebooks(ROOT):
             print(write_text(path).relative_to(ROOT))
     elif command == "save":
         for path in paths:
@@ -213,9 +213,9 @@ def main(arguments: list[str]) -> None:
         for path in paths:
             run(path)
     elif command == "readme":
-        (ROOT / "README.md").write_text(readme_text(), encoding="utf-8")
+        (ROOT / "README.md").write_text(readme_text(ROOT), encoding="utf-8")
     elif command == "order":
-        print("\n".join(str(path.relative_to(ROOT)) for path in notebooks()))
+        print("\n".join(str(path.relative_to(ROOT)) for path in notebooks(ROOT)))
     else:
         raise SystemExit(f"unknown command {command!r}\n\n{__doc__}")
 
