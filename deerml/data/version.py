@@ -168,17 +168,18 @@ def _files(samples: Sequence[Sample], classes: Sequence[str]) -> dict[str, bytes
     return files
 
 # %% ../../nbs/40_data/03_version.ipynb #680e5cc1
-def _manifest(store: Store, samples: Sequence[Sample], files: Mapping[str, bytes], health: Health, forced: bool, closed: Callable) -> dict[str, object]:
-    "What a version is made of. No date and no number in it: the same truth gives the same bytes."
+def _manifest(store: Store, samples: Sequence[Sample], eligible: Sequence[Sample], files: Mapping[str, bytes], health: Health) -> dict[str, object]:
+    "What a version is made of. No date and no number in it: the same truth gives the same bytes. Its nights are all that could have given a sample: thresholds are fixed on them."
     counts = Counter((sample.split, "animals" if sample.truth.boxes else "empty") for sample in samples)
-    ends = [end for sample in samples if sample.split != "test" and (end := closed(sample.frame))]
+    closed = _closed(store)
+    ends = [end for sample in eligible if sample.split != "test" and (end := closed(sample.frame))]
     return {
         "format": FORMAT, "classes": store.home.settings.classes, "data_until": stamp(max(ends)) if ends else None,
         "counts": {split: {kind: counts[split, kind] for kind in ("animals", "empty")} for split in SPLITS},
-        "nights": {night: split for night, split in sorted({(sample.frame.night_key, sample.split) for sample in samples})},
+        "nights": {night: split for night, split in sorted({(sample.frame.night_key, sample.split) for sample in eligible})},
         "images": {sample.frame.image: sample.split for sample in samples},
         "files": {name: sha256_bytes(content) for name, content in files.items()},
-        "problems": health.to_dict(), "forced": forced,
+        "problems": health.to_dict(), "forced": bool(health.refused),
     }
 
 # %% ../../nbs/40_data/03_version.ipynb #d1c9b9d2
@@ -243,13 +244,14 @@ def freeze(
     assign_nights(store)
     with folder_lock(home.datasets):
         past = list_versions(home.datasets)
-        samples = _chosen(store, samples_of(store, at or now(), home.settings.exam_nights if past else 0))
+        eligible = samples_of(store, at or now(), home.settings.exam_nights if past else 0)
+        samples = _chosen(store, eligible)
         cameras = _production_cameras(store)
         health = examine([sample.labelled for sample in samples], home.settings.classes, cameras, found)
         if health.refused and not force:
             raise DeermlError("UNHEALTHY", "These data would make a bad model.", why=" ".join(problem.text for problem in health.refused), next_step="Correct them, or freeze them all the same with --force.")
         files = _files(samples, home.settings.classes)
-        manifest = _manifest(store, samples, files, health, bool(health.refused), _closed(store))
+        manifest = _manifest(store, samples, eligible, files, health)
         if past and past[-1].digest == sha256_bytes(canonical_json(manifest)):
             return Frozen(past[-1], False, health)
         files["manifest.json"] = canonical_json(manifest)

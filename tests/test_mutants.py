@@ -1,0 +1,66 @@
+"""Each guard that matters is taken out once, in a copy of the package, and the tests of its promise must turn red.
+
+A guard whose loss no test notices is decoration.
+"""
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+MUTANTS = {  # name: (file, what stands there, what the mutant has, the test that must fail)
+    "export takes unfinished frames": (
+        "capture/truth.py", 'COMPLETE = ("boxes_complete", "verified_empty")', 'COMPLETE = ("boxes_complete", "verified_empty", "in_progress")',
+        "test_an_unreviewed_frame_never_becomes_a_label"),
+    "the split ignores nights": (
+        "data/version.py", "truth[frame.id], split[frame.night_key]))", "truth[frame.id], SPLITS[frame.id % 3]))",
+        "test_a_night_lies_in_one_split_for_ever"),
+    "copies of an image stay in every split": (
+        "data/version.py", "home_night[frame.image] == frame.night_key and", "True and",
+        "test_no_image_lies_in_two_splits"),
+    "the gate swaps the channels": (
+        "judge/collect.py", "found = detector.batch(pictures)", "found = detector.batch([pixels[:, :, ::-1].copy() for pixels in pictures])",
+        "test_what_is_judged_is_what_serves"),
+    "the row is committed before the file is durable": (
+        "capture/store.py", "    write_images(store.home.images, frames, headers, hashes)\n    return list(insert_rows(store, frames, headers, hashes).ids)",
+        "    ids = list(insert_rows(store, frames, headers, hashes).ids)\n    write_images(store.home.images, frames, headers, hashes)\n    return ids",
+        "test_a_row_is_committed_only_after_its_file_is_durable or test_a_crash_at_any_operation"),
+    "the folder of an image is not synced": (
+        "capture/store.py", "    for folder in touched:\n        fsync_folder(folder)\n", "",
+        "test_a_row_is_committed_only_after_its_file_is_durable"),
+    "the digest of a bundle is not checked": (
+        "model/bundle.py", None, None, "test_a_flipped_byte_in_a_bundle"),
+}
+
+
+def run_promises(package: Path, chosen: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "pytest", str(ROOT / "tests" / "test_promises.py"), "-k", chosen, "-q", "--no-cov", "-p", "no:cacheprovider", "-o", f"pythonpath={package} {ROOT / 'tests'}"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_loss_of_a_guard_is_noticed(name, tmp_path):
+    file, before, after, chosen = MUTANTS[name]
+    package = tmp_path / "mutant"
+    shutil.copytree(ROOT / "deerml", package / "deerml", ignore=shutil.ignore_patterns("__pycache__"))
+    path = package / "deerml" / file
+    text = path.read_text()
+    if before is None:
+        text = text.replace("_check_digest(", "(lambda *_: None)(") .replace("def (lambda *_: None)(", "def _check_digest(")
+    else:
+        assert text.count(before) == 1, f"the guard of this mutant is not where it was: {before}"
+        text = text.replace(before, after)
+    path.write_text(text)
+    result = run_promises(package, chosen)
+    assert result.returncode == 1, f"no test noticed it:\n{result.stdout}"
+    assert " failed" in result.stdout
+
+
+def test_without_a_mutation_they_pass(tmp_path):
+    shutil.copytree(ROOT / "deerml", tmp_path / "deerml", ignore=shutil.ignore_patterns("__pycache__"))
+    result = run_promises(tmp_path, "test_")
+    assert result.returncode == 0, result.stdout
+    assert "passed" in result.stdout

@@ -1,0 +1,196 @@
+"""The promises of the design that this milestone holds, each with a test that tries to break it.
+
+`test_mutants.py` runs these against a deerml in which one guard was taken out, and expects them to fail.
+"""
+import os
+import sqlite3
+import sys
+from collections import defaultdict
+
+import numpy as np
+import pytest
+import sqlalchemy as sa
+from yards import AFTER, SPOT, START, picture, yard
+
+from deerml.capture import schema
+from deerml.capture.backup import verify
+from deerml.capture.store import NewFrame, Store, add_frames, frames, image_bytes
+from deerml.capture.truth import CompleteTruth, truths
+from deerml.core.errors import DeermlError
+from deerml.core.settings import Home
+from deerml.data.version import Sample, freeze, samples_of
+from deerml.judge.collect import look
+from deerml.model.bundle import Bundle, Thresholds, seal, spot_draft, spot_model
+from deerml.model.detector import Detector, decode
+
+
+def test_an_unreviewed_frame_never_becomes_a_label(tmp_path):
+    with yard(tmp_path / "yard") as store:
+        version = freeze(store, at=AFTER).version
+        complete = {frame.image for frame in frames(store) if truths(store, ["deer"], [frame.id])[frame.id].state(["deer"]) in ("boxes_complete", "verified_empty")}
+        assert version.manifest["images"] and set(version.manifest["images"]) <= complete
+        unfinished = {frame.image for frame in frames(store)} - complete
+        exported = {path.stem for path in version.path.rglob("*") if path.is_file()}
+        assert len(unfinished) == 40 and not unfinished & exported
+
+
+def test_only_complete_truth_can_be_a_sample(tmp_path):
+    with yard(tmp_path / "yard", nights=1) as store:
+        frame = frames(store)[0]
+        with pytest.raises(TypeError):
+            CompleteTruth(frame.id, ("deer",), ())
+        with pytest.raises(TypeError):
+            Sample(frame, truths(store, ["deer"])[frame.id], "train")
+
+
+def test_a_night_lies_in_one_split_for_ever(tmp_path):
+    with yard(tmp_path / "yard", cameras=("gate", "lawn")) as store:
+        before = {}
+        for sample in samples_of_frozen(store):
+            before.setdefault(sample.frame.night_key, set()).add(sample.split)
+        assert all(len(found) == 1 for found in before.values()) and len(set.union(*before.values())) == 3
+    with yard(tmp_path / "larger", nights=40, cameras=("lawn", "gate", "pond")) as larger:
+        after = {sample.frame.night_key: sample.split for sample in samples_of_frozen(larger)}
+        assert all(after[night] in found for night, found in before.items())
+
+
+def samples_of_frozen(store: Store) -> list[Sample]:
+    freeze(store, at=AFTER)
+    return samples_of(store, AFTER, 0)
+
+
+def test_no_image_lies_in_two_splits(tmp_path):
+    "The same bytes under many names: copies of one photograph, in folders of all splits"
+    with yard(tmp_path / "yard") as store:
+        for number in range(30):
+            add_frames(store, [NewFrame(picture(5, True), "copy", str(number), folder=f"folder{number}", sequence="one")])
+        version = freeze(store, at=AFTER).version
+        places = defaultdict(set)
+        for path in (version.path / "images").rglob("*.jpg"):
+            places[path.name].add(path.parent.name)
+        assert all(len(found) == 1 for found in places.values())
+
+
+COLOURS = ["blue", "green", "red"]
+
+
+def colour_bundle(folder, store: Store) -> Bundle:
+    "A detector with a class for each channel: it tells when the channels or the preprocessing are not the server's"
+    folder.mkdir(exist_ok=True)
+    (folder / "model.onnx").write_bytes(spot_model(COLOURS))
+    draft = spot_draft(COLOURS)
+    return seal(folder / "model.onnx", draft, Thresholds(shared=dict.fromkeys(COLOURS, 0.5)), "none", store.home.bundles)
+
+
+def test_what_is_judged_is_what_serves(tmp_path):
+    with Store.open(Home.create(tmp_path / "yard", classes=COLOURS)) as store:
+        colours = [(250, 20, 20), (20, 250, 20), (20, 20, 250)]
+        new = [NewFrame(picture(n, True, colours[n % 3]), "test", str(n), camera="gate", taken_at=START, trigger="motion") for n in range(6)]
+        add_frames(store, new)
+        bundle = colour_bundle(tmp_path / "model", store)
+        serving = Detector(Bundle.load(store.home.bundles / bundle.digest))
+        judged = look(store, bundle, frames(store))
+        for frame in frames(store):
+            served = serving(decode(image_bytes(store, frame)))
+            assert served, "the detector must see something, or this test shows nothing"
+            assert [(one.label, one.score, one.box) for one in judged[frame.id]] == [(one.label, one.score, one.box) for one in served]
+        assert len({found[0].label for found in judged.values()}) == 3
+
+
+def test_a_row_is_committed_only_after_its_file_is_durable(tmp_path, monkeypatch):
+    with Store.open(Home.create(tmp_path / "yard")) as store:
+        log = []
+        real_replace, real_fsync = os.replace, os.fsync
+        monkeypatch.setattr(os, "replace", lambda *names: (real_replace(*names), log.append("rename"))[0])
+        monkeypatch.setattr(os, "fsync", lambda descriptor: (real_fsync(descriptor), log.append("fsync"))[0])
+        sa.event.listen(store.engine, "commit", lambda _: log.append("commit"))
+        add_frames(store, [NewFrame(picture(1), "test", "1", camera="gate", taken_at=START)])
+        assert log.index("fsync") < log.index("rename") < len(log) - 1 - log[::-1].index("fsync") < log.index("commit")
+
+
+def ingest_in_a_child(path, die_at: int) -> int:
+    "Store three frames in a forked child that ends at its n-th file operation or commit; its exit code (0: it finished)"
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    count = 0
+
+    def step(function):
+        def wrapped(*arguments, **options):
+            nonlocal count
+            count += 1
+            if count == die_at:
+                os._exit(9)
+            try:
+                return function(*arguments, **options)
+            finally:
+                if count + 0.5 == die_at:
+                    os._exit(9)
+        return wrapped
+
+    try:
+        for name in ("replace", "fsync", "mkdir"):
+            setattr(os, name, step(getattr(os, name)))
+        store = Store.open(Home.open(path))
+        sa.event.listen(store.engine, "commit", step(lambda _: None))
+        add_frames(store, [NewFrame(picture(n), "test", str(n), camera="gate", taken_at=START) for n in range(3)])
+        os._exit(0)
+    except BaseException:
+        os._exit(1)
+
+
+def test_a_crash_at_any_operation_leaves_no_row_without_its_file(tmp_path):
+    path = Home.create(tmp_path / "yard").path
+    Store.open(Home.open(path)).close()
+    points, die_at = 0, 1.0
+    while True:
+        code = ingest_in_a_child(path, die_at)
+        with Store.open(Home.open(path)) as store:
+            found = verify(store, remove_orphans=True)
+            assert found.whole and found.images in (0, 3), (die_at, found)
+        if code == 0:
+            break
+        assert code == 9, f"point {die_at} ended with {code}"
+        points, die_at = points + 1, die_at + 0.5
+    assert points > 20 and found.images == 3
+
+
+def test_history_cannot_be_rewritten(tmp_path):
+    with yard(tmp_path / "yard", nights=1) as store:
+        freeze(store, at=AFTER, force=True)
+        database = tmp_path / "yard" / "deerml.db"
+    connection = sqlite3.connect(database)
+    for table in ("review_event", "frame", "sighting", "night_split", "exposure", "image_night"):
+        for statement in (f"delete from {table}", f"update {table} set rowid = rowid"):
+            with pytest.raises(sqlite3.IntegrityError, match="append-only"):
+                connection.execute(statement)
+    connection.close()
+
+
+def test_a_flipped_byte_in_a_bundle_is_refused_before_it_is_parsed(tmp_path):
+    with Store.open(Home.create(tmp_path / "yard", classes=COLOURS)) as store:
+        bundle = colour_bundle(tmp_path / "model", store)
+    for name in ("model.onnx", "serving.json"):
+        path = bundle.path / name
+        good = path.read_bytes()
+        path.chmod(0o644)
+        for offset in np.random.default_rng(0).integers(0, len(good), 50).tolist():
+            path.write_bytes(good[:offset] + bytes([good[offset] ^ 1]) + good[offset + 1:])
+            with pytest.raises(DeermlError) as caught:
+                Bundle.load(bundle.path, expect_digest=bundle.digest)
+            assert caught.value.code == "DIGEST"
+        path.write_bytes(good)
+    assert Bundle.load(bundle.path).digest == bundle.digest
+
+
+def test_serving_loads_no_torch():
+    import subprocess
+    code = "import sys, deerml.model.detector; sys.exit(bool({'torch', 'ultralytics', 'pickle5'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_yard_of_these_tests_has_what_it_says(tmp_path):
+    with yard(tmp_path / "yard", nights=1) as store:
+        known = truths(store, ["deer"], [frame.id for frame in frames(store)])
+        assert [truth.state(["deer"]) for truth in known.values()] == ["boxes_complete"] * 2 + ["verified_empty"] * 2 + ["in_progress", "unreviewed"]
+        assert known[1].of["deer"].boxes == (SPOT,)

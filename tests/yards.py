@@ -1,0 +1,42 @@
+"""A small reviewed yard, made in a second, for the tests of several rooms."""
+from datetime import timedelta
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from deerml.capture.store import NewFrame, Store, add_frames
+from deerml.capture.truth import BoxVerdict, FrameStatement, record
+from deerml.core.box import Box
+from deerml.core.clock import parse_time
+from deerml.core.settings import Home
+
+START = parse_time("2026-09-01T22:00:00Z")
+SPOT = Box(40, 30, 48, 32)  # where `picture` puts its animal, pixels
+AFTER = START + timedelta(days=365)
+
+
+def picture(seed: int, animal: bool = False, colour: tuple[int, int, int] = (250, 250, 250)) -> bytes:
+    "A dark JPEG of 160 x 96 pixels, with a bright rectangle for an animal"
+    pixels = np.random.default_rng(seed).integers(0, 40, (96, 160, 3)).astype(np.uint8)
+    if animal:
+        pixels[30:62, 40:88] = colour
+    return cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 92])[1].tobytes()
+
+
+def yard(path: Path, nights: int = 20, cameras: tuple[str, ...] = ("gate",), **settings: object) -> Store:
+    """Every night and camera has six frames: two with an animal, two verified empty, one with a drawn box that nobody
+    completed (in progress), one that nobody looked at (unreviewed)."""
+    store = Store.open(Home.create(path, **settings))
+    for night in range(nights):
+        for number, camera in enumerate(cameras):
+            seeds = [1000 * night + 100 * number + n for n in range(6)]
+            new = [NewFrame(picture(seed, n < 2), "test", f"{camera}/{night}/{n}", camera=camera, taken_at=START + timedelta(days=night, minutes=5 * n), trigger="scheduled")
+                   for n, seed in enumerate(seeds)]
+            ids = add_frames(store, new)
+            for n, frame_id in enumerate(ids[:5]):
+                name = f"{camera}/{night}/{n}"
+                boxes = [BoxVerdict(frame_id, "missed", "deer", SPOT, operation_id=f"{name}/box")] if n in (0, 1, 4) else []
+                words = [FrameStatement(frame_id, "all_boxed" if boxes else "nothing_here", ("deer",), operation_id=f"{name}/word")] if n < 4 else []
+                record(store, "ann", [*boxes, *words])
+    return store
