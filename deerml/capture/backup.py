@@ -131,7 +131,7 @@ def verify(
     "Reconcile disk and database in both directions, reading every byte"
     images = store.home.images
     with store.read() as connection:
-        rows = connection.execute(sa.select(schema.image.c.sha256, schema.image.c.media_type).where(schema.image.c.expired_at.is_(None)).order_by(schema.image.c.sha256)).tuples().all()
+        rows = connection.execute(sa.select(schema.image.c.sha256, schema.image.c.media_type).where(schema.image.c.expired_at.is_(None)).order_by(schema.image.c.sha256)).all()
         database = connection.exec_driver_sql("pragma integrity_check").scalar() if connection.dialect.name == "sqlite" else "ok"
     missing, damaged = [], []
     for number, (sha256, media_type) in enumerate(rows):

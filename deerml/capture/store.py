@@ -203,7 +203,7 @@ def insert_rows(
     with store.write() as connection:
         count = sa.select(sa.func.count()).select_from(schema.frame)
         before = connection.scalar(count)
-        zones = dict(connection.execute(sa.select(schema.camera.c.id, schema.camera.c.zone)).tuples().all())
+        zones = dict(connection.execute(sa.select(schema.camera.c.id, schema.camera.c.zone)).all())
         ids = [_insert_frame(connection, store, zones, *one) for one in zip(frames, headers, hashes)]
         if and_then:
             and_then(connection, ids)
@@ -288,7 +288,7 @@ def exposure_hours(store: Store) -> dict[tuple[str, str], float]:
     table = schema.exposure.c
     query = sa.select(table.camera, table.night, sa.func.count()).group_by(table.camera, table.night)
     with store.read() as connection:
-        return {(camera, night): windows / 6 for camera, night, windows in connection.execute(query).tuples()}
+        return {(camera, night): windows / 6 for camera, night, windows in connection.execute(query)}
 
 # %% ../../nbs/20_capture/02_store.ipynb #f56ea3d6
 def record_inference(
@@ -332,7 +332,7 @@ def detections(store: Store, bundle: str, frame_ids: Iterable[int] | None = None
         schema.inference.outerjoin(schema.detection, found.inference_id == looked.id)).where(looked.bundle == bundle).order_by(looked.frame_id, found.score.desc())
     result: dict[int, list[StoredDetection]] = {}
     with store.read() as connection:
-        for frame_id, detection_id, label, score, *box in connection.execute(query).tuples():
+        for frame_id, detection_id, label, score, *box in connection.execute(query):
             if wanted is None or frame_id in wanted:
                 entries = result.setdefault(frame_id, [])
                 if detection_id is not None:

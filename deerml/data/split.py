@@ -34,12 +34,12 @@ def assign_nights(store: Store) -> int:  # how many nights were new
     frame, salt, moment = schema.frame.c, store.home.settings.split_salt, stamp(now())
     with store.write() as connection:
         known = set(connection.scalars(sa.select(schema.night_split.c.night_key)))
-        nights = [(camera, night) for camera, night in connection.execute(sa.select(frame.camera, frame.night).distinct()).tuples() if f"{camera}/{night}" not in known]
+        nights = [(camera, night) for camera, night in connection.execute(sa.select(frame.camera, frame.night).distinct()) if f"{camera}/{night}" not in known]
         if nights:
             connection.execute(schema.night_split.insert(), [
                 {"night_key": f"{camera}/{night}", "camera": camera, "night": night, "split": split_of(salt, f"{camera}/{night}"), "assigned_at": moment} for camera, night in sorted(nights)])
         seen = set(connection.scalars(sa.select(schema.image_night.c.image)))
-        new = {image: f"{camera}/{night}" for image, camera, night in connection.execute(sa.select(frame.image, frame.camera, frame.night).order_by(frame.id.desc())).tuples() if image not in seen}
+        new = {image: f"{camera}/{night}" for image, camera, night in connection.execute(sa.select(frame.image, frame.camera, frame.night).order_by(frame.id.desc())) if image not in seen}
         if new:
             connection.execute(ignore_known(connection, schema.image_night), [{"image": image, "night_key": night_key} for image, night_key in sorted(new.items())])
     return len(nights)
@@ -48,10 +48,10 @@ def assign_nights(store: Store) -> int:  # how many nights were new
 def splits(store: Store) -> dict[str, Split]:
     "The split of every night in the ledger, by night key"
     with store.read() as connection:
-        return dict(connection.execute(sa.select(schema.night_split.c.night_key, schema.night_split.c.split)).tuples().all())
+        return dict(connection.execute(sa.select(schema.night_split.c.night_key, schema.night_split.c.split)).all())
 
 # %% ../../nbs/40_data/00_split.ipynb #4035bedb
 def nights_of_images(store: Store) -> dict[str, str]:
     "The night that each image belongs to, by sha256"
     with store.read() as connection:
-        return dict(connection.execute(sa.select(schema.image_night.c.image, schema.image_night.c.night_key)).tuples().all())
+        return dict(connection.execute(sa.select(schema.image_night.c.image, schema.image_night.c.night_key)).all())

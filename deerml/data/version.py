@@ -75,7 +75,7 @@ def samples_of(
 def _closed(store: Store) -> Callable[[Frame], datetime | None]:
     "When the night of a frame ended; none for frames without a time"
     with store.read() as connection:
-        zones = dict(connection.execute(sa.select(schema.camera.c.id, schema.camera.c.zone)).tuples().all())
+        zones = dict(connection.execute(sa.select(schema.camera.c.id, schema.camera.c.zone)).all())
     ends: dict[str, datetime] = {}
 
     def closed(frame: Frame) -> datetime | None:
@@ -268,7 +268,7 @@ def _production_cameras(store: Store) -> list[str]:
 # %% ../../nbs/40_data/03_version.ipynb #cd150dbf
 def _coverage(store: Store, samples: Sequence[Sample]) -> Coverage:
     with store.read() as connection:
-        zones = dict(connection.execute(sa.select(schema.camera.c.id, schema.camera.c.zone)).tuples().all())
+        zones = dict(connection.execute(sa.select(schema.camera.c.id, schema.camera.c.zone)).all())
     return coverage(frames(store), {sample.frame.id: sample.truth for sample in samples if sample.split == "train"}, zones)
 
 # %% ../../nbs/40_data/03_version.ipynb #01b8c411

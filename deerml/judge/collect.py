@@ -68,7 +68,7 @@ def _night_ends(store: Store) -> dict[str, tuple[datetime, datetime]]:
     table = schema.frame.c
     query = sa.select(table.camera, table.night, schema.camera.c.zone).join(schema.camera, schema.camera.c.id == table.camera).where(table.taken_at.is_not(None)).distinct()
     with store.read() as connection:
-        return {f"{camera}/{night}": night_bounds(night, zone) for camera, night, zone in connection.execute(query).tuples()}
+        return {f"{camera}/{night}": night_bounds(night, zone) for camera, night, zone in connection.execute(query)}
 
 # %% ../../nbs/60_judge/06_collect.ipynb #38fd02e2
 def evidence_of(
@@ -176,7 +176,7 @@ def lights(store: Store) -> dict[str, Light]:
     "Day or infrared by image, for the images that a model has looked at"
     feature = schema.feature.c
     with store.read() as connection:
-        return {image: "infrared" if value else "day" for image, value in connection.execute(sa.select(feature.image, feature.value).where(feature.name == "infrared")).tuples()}
+        return {image: "infrared" if value else "day" for image, value in connection.execute(sa.select(feature.image, feature.value).where(feature.name == "infrared"))}
 
 # %% ../../nbs/60_judge/06_collect.ipynb #3b77470e
 def visits_per_night(evidence: Evidence) -> float:

@@ -48,7 +48,7 @@ def _seen(store: Store, bundle: str | None) -> dict[int, tuple[bool, bool]]:
     table = schema.inference.c
     anything = sa.exists().where(schema.detection.c.inference_id == table.id)
     with store.read() as connection:
-        rows = connection.execute(sa.select(table.frame_id, table.fired, anything).where(table.bundle == bundle)).tuples()
+        rows = connection.execute(sa.select(table.frame_id, table.fired, anything).where(table.bundle == bundle))
         return {frame_id: (fired, bool(some)) for frame_id, fired, some in rows}
 
 # %% ../../nbs/30_review/00_queue.ipynb #8c18769a
@@ -149,7 +149,7 @@ def drawn_windows(store: Store, nights: Iterable[str] | None = None) -> list[Dra
         schema.draw_window.join(schema.draw).join(schema.draw_stratum, (stratum.draw_id == window.draw_id) & (stratum.name == window.stratum))
     ).where(window.role == "drawn").order_by(draw.night, window.position)
     with store.read() as connection:
-        return [DrawnWindow(*row) for row in connection.execute(query).tuples() if wanted is None or row[0] in wanted]
+        return [DrawnWindow(*row) for row in connection.execute(query) if wanted is None or row[0] in wanted]
 
 # %% ../../nbs/30_review/00_queue.ipynb #2346c4df
 def probabilities(
