@@ -133,7 +133,8 @@ def peer_seconds(truth: dict, models: list[list[dict]], counts: np.ndarray, all_
 
 def measure(images: int, draws: int, peer_draws: int, repeats: int = 3) -> list[dict]:
     truth, champion = generate(images, seed=1)
-    models = [champion, [{**result, "score": result["score"] ** 1.1} for result in generate(images, seed=1)[1]]]
+    noise = np.random.default_rng(2).normal(0, 0.05, len(champion))
+    models = [champion, [{**result, "score": float(result["score"] + shift)} for result, shift in zip(champion, noise)]]
     counts = multiplicities(images, draws, seed=0).astype(float)
     runs = [paired_draws(truth, models, counts) for _ in range(repeats)]
     ours = statistics.median(match + draw for _, match, draw in runs)

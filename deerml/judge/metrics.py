@@ -196,6 +196,12 @@ class Ranked:
         "Places of the hits in the ranking, for each threshold: the only places where the curve can rise"
         return tuple(np.flatnonzero(row) for row in self.hit)
 
+    @cached_property
+    def ignored_at(self) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+        "For each threshold the places of the ignored, and how many of them lie before each hit"
+        places = [np.flatnonzero(row) for row in self.ignored]
+        return tuple((ignored, np.searchsorted(ignored, at)) for ignored, at in zip(places, self.hit_at))
+
 # %% ../../nbs/60_judge/00_metrics.ipynb #fd8ff764
 def rank(
     images: Sequence[ImageBoxes],  # in the order of their ids: equal scores keep it
@@ -226,9 +232,9 @@ def precision_at_recall(
     weight = weights[ranked.image]
     seen = np.cumsum(weight)
     curve = np.zeros((len(ranked.hit), len(RECALL_POINTS)))
-    for threshold, at in enumerate(ranked.hit_at):
+    for threshold, (at, (ignored, before)) in enumerate(zip(ranked.hit_at, ranked.ignored_at)):
         right = np.cumsum(weight[at])
-        counted = seen[at] if not ranked.ignored[threshold].any() else np.cumsum(weight * ~ranked.ignored[threshold])[at]
+        counted = seen[at] - np.append(0.0, np.cumsum(weight[ignored]))[before] if len(ignored) else seen[at]
         precision = np.maximum.accumulate((right / (counted + np.spacing(1)))[::-1])[::-1]
         curve[threshold] = np.append(precision, 0.0)[np.searchsorted(right / total, RECALL_POINTS)]
     return curve
