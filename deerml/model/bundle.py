@@ -183,7 +183,7 @@ def spot_model(classes: list[str]) -> bytes:  # content of an ONNX file of about
 # %% ../../nbs/10_model/00_bundle.ipynb #e7dc5e31
 def spot_draft(classes: list[str]) -> ServingDraft:
     "How `spot_model` is fed. Its windows lie 8 pixels apart, so overlaps are thinned out more than a YOLO's are."
-    return ServingDraft(classes=classes, input=Input(size=320), nms_iou=0.4)
+    return ServingDraft(classes=classes, input=Input(size=320), nms_iou=0.15)
 
 # %% ../../nbs/10_model/00_bundle.ipynb #e97914d0
 def _messages(root: Message) -> Iterator[Message]:
