@@ -188,9 +188,13 @@ class Sample:
     frame_unit: np.ndarray  # int [F]
     units: int
     camera_hours: float  # watched
-    camera_nights: int  # watched, whole or in part
+    watched: frozenset[NightKey]  # whole or in part
     followed_visits: int  # seen only beside drawn windows, so they weigh nothing
     volunteered_visits: int  # no drawn window and no followed one
+
+    @property
+    def camera_nights(self) -> int:
+        return len(self.watched)
 
     @property
     def visits(self) -> int:
@@ -233,7 +237,7 @@ def sample_of(evidence: Evidence) -> Sample:
         frame_unit=frame_unit,
         units=int(window_unit.max(initial=-1)) + 1,
         camera_hours=float(sum(evidence.exposure_hours.values())),
-        camera_nights=len(nights),
+        watched=frozenset(nights),
         followed_visits=int(((weight == 0) & ~volunteered).sum()),
         volunteered_visits=int(volunteered.sum()),
     )
