@@ -166,7 +166,7 @@ def test_pip_is_quiet_but_not_silent(environment, tmp_path, capsys):
     (tmp_path / "says").write_text(PIP)
     install.pip_install(environment, "torch")
     said = capsys.readouterr().out
-    assert said == "  torch-2.10-cp311-manylinux_2_28_x86_64.whl (899.1 MB)\n  unpacking 2 packages\n"
+    assert said == "  torch-2.10-cp311-manylinux_2_28_x86_64.whl (899.1 MB)\n  unpacking 2 of them\n"
     assert (tmp_path / "venv/install.log").read_text() == PIP
 
 
@@ -217,11 +217,13 @@ for name in ("pytest", "deerml", "ruff"):
     return root
 
 
+def environ(path: str = "") -> dict[str, str]:
+    "A bare one: the make around this test must not hand on its options and variables"
+    return {"PATH": f"{path}:/usr/bin:/bin" if path else os.environ["PATH"], "HOME": os.environ.get("HOME", "/")}
+
+
 def make(root: Path, *arguments: str, path: str = "") -> subprocess.CompletedProcess:
-    # A make around this test must not hand on its own options.
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "PYTHON"))}
-    environ["PATH"] = f"{path}:/usr/bin:/bin" if path else environ["PATH"]
-    return subprocess.run(["make", *arguments], cwd=root, env=environ, capture_output=True, text=True)
+    return subprocess.run(["make", *arguments], cwd=root, env=environ(path), capture_output=True, text=True)
 
 
 def runs(root: Path) -> int:
@@ -308,9 +310,8 @@ def test_ci_runs_lint_and_tests_and_fails_when_they_do(checkout):
     (checkout / ".ci").mkdir()
     shutil.copy(ROOT / ".ci/run", checkout / ".ci/run")
     assert os.access(ROOT / ".ci/run", os.X_OK)
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     command = ["bash", str(checkout / ".ci/run")]
-    ran = subprocess.run(command, cwd="/", env=environ, capture_output=True, text=True)
+    ran = subprocess.run(command, cwd="/", env=environ(), capture_output=True, text=True)
     assert ran.returncode == 0 and "ruff check" in ran.stdout and ran.stdout.rstrip().endswith("pytest")
     script(checkout / ".venv/bin/pytest", "exit 1")
-    assert subprocess.run(command, cwd="/", env=environ, capture_output=True).returncode != 0
+    assert subprocess.run(command, cwd="/", env=environ(), capture_output=True).returncode != 0

@@ -119,7 +119,7 @@ def pip_install(python: Path, *arguments: str) -> None:
             if found and float(found["size"]) * MEGABYTES[found["unit"]] >= WORTH_A_LINE_MB:
                 say(f"  {found['file']} ({found['size']} {found['unit']})")
             elif line.startswith("Installing collected packages: "):
-                say(f"  unpacking {line.count(',') + 1} packages")
+                say(f"  unpacking {line.count(',') + 1} of them")
     if pip.returncode:
         say("".join(last).rstrip())
         raise SystemExit(f"pip could not install {' '.join(arguments)}: see above, and all of it in {log}.")
@@ -156,7 +156,9 @@ def main(folder: str = ".venv") -> None:
     start = time.monotonic()
     python = make_environment(Path(folder).absolute())
     install_torch(python)
-    say("deerml and everything else it is developed with, about 300 MB to download.")
+    there = version_in(python, "from importlib.metadata import version; print(version('deerml'))")
+    size = "as far as settings.ini asks for more than is there" if there else "about 300 MB to download"
+    say(f"deerml and what else it is developed with, {size}.")
     pip_install(python, "--editable", ".[dev]")
     say(f"Installed in {time.monotonic() - start:.0f} s.")
 
