@@ -226,7 +226,7 @@ def test_order_is_by_number_and_the_index_is_last(project):
 
 @pytest.mark.parametrize("output", [
     printed("saved /home/ann/x\n"), printed("saved /root/x\n"), printed("/Users/ann/x\n"), printed("C:\\Users\\ann\n"),
-    printed("Traceback (most recent call last):\n"),
+    printed("/tmp/tmpa1b2/x\n"), printed("/var/folders/a1/x\n"), printed("Traceback (most recent call last):\n"),
     printed(" 50%|#####     | 1/2\n"), printed("10%\r20%\n"), printed("8.1it/s\n"), printed("━━━━━━━━ 40%\n"),
     {"output_type": "error", "ename": "ValueError", "evalue": "no", "traceback": []},
     {"output_type": "display_data", "metadata": {}, "data": {"text/html": ["<b>/home/ann/x</b>"]}},

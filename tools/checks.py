@@ -25,6 +25,7 @@ PACKAGE = "deerml"
 EXPORTS = ("default_exp", "export", "exporti", "exports")
 UNTIDY = {
     "a home folder": re.compile(r"/home/\w|/root/|/Users/\w|[A-Z]:\\+Users\\"),
+    "a temporary folder": re.compile(r"/tmp/\w|/var/folders/\w"),
     "a traceback": re.compile(r"Traceback \(most recent call last\)"),
     "a progress bar": re.compile(r"\r(?!\n)|\d%\||\d ?(?:it/s|s/it)\b|[━╸]{5,}.*\d ?%"),
 }
