@@ -43,7 +43,7 @@ def multiplicities(
     "Bootstrap draws as counts. Every row adds up to `units`."
     rng = np.random.default_rng(seed)
     counts = np.empty((draws, units), np.uint16)
-    for draw in range(draws):
+    for draw in range(draws if units else 0):
         counts[draw] = np.bincount(rng.integers(0, units, units), minlength=units)
     return counts
 
