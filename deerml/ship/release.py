@@ -474,7 +474,7 @@ def publish(
     releases_dir = Path(releases_dir)
     if report is not None:
         refuse_pictures(report)
-    with folder_lock(releases_dir), naming_full_disks(releases_dir / RELEASE_FILE):
+    with naming_full_disks(releases_dir / RELEASE_FILE), folder_lock(releases_dir):
         _sweep(releases_dir)
         release = _draw_up(bundle, _next_version(releases_dir), verdict, dataset=dataset, parent=parent,
                            metrics=dict(metrics or {}), reasons=list(reasons), owner_decision=owner_decision,
