@@ -3,7 +3,15 @@ import numpy as np
 import pytest
 
 from benchmarks.bootstrap import generate, measure
-from deerml.judge.bootstrap import alarm_gain, clopper_pearson, multiplicities, paired_bootstrap, recall_bounds, recall_gain, swap_test
+from deerml.judge.bootstrap import (
+    alarm_gain,
+    clopper_pearson,
+    multiplicities,
+    paired_bootstrap,
+    recall_bounds,
+    recall_gain,
+    swap_test,
+)
 from deerml.judge.evidence import Thresholds, practice_evidence, practice_predictions, sample_of
 from deerml.judge.metrics import decide, peaks_of
 

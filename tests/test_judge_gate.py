@@ -8,7 +8,16 @@ import pytest
 
 from deerml.core.errors import DeermlError
 from deerml.judge.compare import Contestant
-from deerml.judge.evidence import Evidence, JudgedFrame, Mark, Thresholds, Visit, drawn_only, practice_evidence, practice_predictions
+from deerml.judge.evidence import (
+    Evidence,
+    JudgedFrame,
+    Mark,
+    Thresholds,
+    Visit,
+    drawn_only,
+    practice_evidence,
+    practice_predictions,
+)
 from deerml.judge.gate import GateContext, GateSettings, judge
 
 AT_HALF = Thresholds({"deer": 0.5})

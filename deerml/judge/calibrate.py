@@ -93,7 +93,7 @@ def _threshold(peaks: Peaks, column: int, weights: np.ndarray, allowed: float, k
 # %% ../../nbs/60_judge/02_calibrate.ipynb #bace1933
 def _own(evidence: Evidence, sample: Sample, peaks: Peaks, budget: float, keep_score: float) -> dict[str, Mapping[str, float]]:
     "Thresholds of the cameras with enough drawn windows"
-    own = {}
+    own: dict[str, Mapping[str, float]] = {}
     for camera in sorted({window.camera for window in evidence.windows}):
         rows = np.array([window.camera == camera for window in evidence.windows])
         if sum(window.role == "drawn" for window in evidence.windows if window.camera == camera) < MIN_CAMERA_WINDOWS:

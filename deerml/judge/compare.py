@@ -16,7 +16,7 @@ import numpy as np
 
 from .bootstrap import ALPHA, Interval, alarm_gain, clopper_pearson, effective_visits, interval, multiplicities, paired_average_precision, paired_bootstrap, recall_bounds, recall_gain, swap_test
 from .evidence import Evidence, Predictions, Sample, ThresholdTable, sample_of
-from .metrics import Curve, Decisions, Ranked, boxes_by_class, decide, false_alarms, frame_peaks, peaks_of, precision_recall, rank, visit_recall
+from .metrics import Decisions, Ranked, boxes_by_class, decide, false_alarms, frame_peaks, peaks_of, precision_recall, rank, visit_recall
 
 # %% ../../nbs/60_judge/03_compare.ipynb #95b8d962
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ class Slice:
 
     name: str
     visits: int
-    change: float | None  # of visit recall; none without visits
+    change: float  # of visit recall; 0 without visits
     p: float | None  # that chance alone makes such a loss; none where there are too few visits
     lost: bool = False  # a loss that Holm's method does not put down to chance
 
@@ -203,8 +203,8 @@ def holm(
 ) -> list[bool]:
     "Which of several tests stand when all of them are considered (Holm, 1979)"
     stand = [False] * len(p_values)
-    for rank_, place in enumerate(np.argsort(p_values, kind="stable")):
-        if p_values[place] > alpha / (len(p_values) - rank_):
+    for step, place in enumerate(np.argsort(p_values, kind="stable")):
+        if p_values[place] > alpha / (len(p_values) - step):
             break
         stand[place] = True
     return stand
@@ -225,9 +225,9 @@ def slices_of(
         visits, gain = int((weight > 0).sum()), weight * (challenger.hits.astype(float) - champion.hits)
         losses = -np.bincount(sample.visit_unit, weights=gain, minlength=sample.units)
         p = swap_test(losses, seed=seed) if visits >= slice_visits else None
-        slices.append(Slice(name, visits, float(gain.sum() / weight.sum()) if visits else None, p))
-    tested = [one for one in slices if one.p is not None]
-    lost = {one.name for one, stands in zip(tested, holm([one.p for one in tested])) if stands}
+        slices.append(Slice(name, visits, float(gain.sum() / weight.sum()) if visits else 0.0, p))
+    tested = {one.name: one.p for one in slices if one.p is not None}
+    lost = {name for name, stands in zip(tested, holm(list(tested.values()))) if stands}
     return [Slice(**{**asdict(one), "lost": one.name in lost}) for one in slices]
 
 # %% ../../nbs/60_judge/03_compare.ipynb #454cbd6b

@@ -72,6 +72,10 @@ class JudgedFrame:
     truth: tuple[Labelled, ...]
     size: tuple[int, int]  # width, height in pixels
 
+    @property
+    def key(self) -> WindowKey:
+        return self.camera, self.window
+
     def __post_init__(self):
         if self.role not in ("drawn", "followed", "volunteered"):
             raise _bad(f"Frame {self.frame_id} has the role {self.role!r}.", "A frame is drawn, followed or volunteered.")
@@ -113,7 +117,7 @@ def _window(frames: Sequence[JudgedFrame], positions: Sequence[int]) -> JudgedWi
     "The window of these frames: drawn if one of them was drawn, else followed, else volunteered"
     members = [frames[i] for i in positions]
     role: Role = next(role for role in ("drawn", "followed", "volunteered") if any(m.role == role for m in members))
-    probabilities = {m.p for m in members if m.role == "drawn"}
+    probabilities = {m.p for m in members if m.role == "drawn" and m.p is not None}
     if len(probabilities) > 1:
         raise _bad(f"Window {members[0].window} of {members[0].camera} has several probabilities: {sorted(probabilities)}.", "A window is drawn once.")
     return JudgedWindow(members[0].camera, members[0].night, members[0].window, role, next(iter(probabilities), None), tuple(positions))
@@ -149,7 +153,7 @@ class Evidence:
         "The windows of the frames, in order of camera and start"
         members = defaultdict(list)
         for place, frame in enumerate(self.frames):
-            members[frame.camera, frame.window].append(place)
+            members[frame.key].append(place)
         return tuple(_window(self.frames, members[key]) for key in sorted(members))
 
 # %% ../../nbs/60_judge/00_evidence.ipynb #483c76ca
@@ -208,36 +212,41 @@ def _units(evidence: Evidence) -> np.ndarray:
     groups = []
     for visit in evidence.visits:
         own = {(visit.camera, name) for name in visit.windows}
-        own |= {(evidence.frames[i].camera, evidence.frames[i].window) for i in map(evidence.position.get, visit.frame_ids)}
+        own |= {evidence.frames[evidence.position[i]].key for i in visit.frame_ids}
         groups.append(sorted(place[key] for key in own if key in place))
     return joined(groups, len(evidence.windows))
+
+# %% ../../nbs/60_judge/00_evidence.ipynb #78e4bd54
+def _watched(evidence: Evidence) -> frozenset[NightKey]:
+    "Nights with logged exposure or a drawn window"
+    logged = {key for key, hours in evidence.exposure_hours.items() if hours > 0}
+    return frozenset(logged | {(window.camera, window.night) for window in evidence.windows if window.role == "drawn"})
+
+# %% ../../nbs/60_judge/00_evidence.ipynb #8836ae9a
+def _is_chosen(evidence: Evidence, visit: Visit) -> bool:
+    "Did somebody volunteer a frame of this visit?"
+    return any(evidence.frames[evidence.position[i]].role == "volunteered" for i in visit.frame_ids)
 
 # %% ../../nbs/60_judge/00_evidence.ipynb #ff90bec2
 def sample_of(evidence: Evidence) -> Sample:
     "The weights and units of evidence. Raises nothing: evidence was checked when it was made."
     windows, visits = evidence.windows, evidence.visits
-    drawn = {window.key: float(window.p) for window in windows if window.role == "drawn"}
+    drawn = {window.key: window.p for window in windows if window.p is not None}
     weight = np.array([_drawn_weight(visit, drawn) for visit in visits])
-    chosen = [any(evidence.frames[evidence.position[i]].role == "volunteered" for i in visit.frame_ids) for visit in visits]
-    volunteered = (weight == 0) & np.array(chosen, bool)
+    volunteered = (weight == 0) & np.array([_is_chosen(evidence, visit) for visit in visits], bool)
     known = bool(drawn) and not volunteered.any()
     window_unit = _units(evidence)
-    frame_unit = np.zeros(len(evidence.frames), int)
-    for number, window in enumerate(windows):
-        frame_unit[list(window.frames)] = window_unit[number]
-    place = {window.key: number for number, window in enumerate(windows)}
-    first = [evidence.frames[evidence.position[visit.frame_ids[0]]] for visit in visits]
-    nights = {key for key, hours in evidence.exposure_hours.items() if hours > 0} | {(w.camera, w.night) for w in windows if w.role == "drawn"}
+    unit = dict(zip((window.key for window in windows), window_unit.tolist()))
     return Sample(
         selection="drawn" if known else "unknown",
         window_weight=np.array([1 / drawn[w.key] if w.key in drawn else 0.0 for w in windows]) if known else np.ones(len(windows)),
         visit_weight=weight if known else np.ones(len(visits)),
         window_unit=window_unit,
-        visit_unit=np.array([window_unit[place[frame.camera, frame.window]] for frame in first], int),
-        frame_unit=frame_unit,
+        visit_unit=np.array([unit[evidence.frames[evidence.position[visit.frame_ids[0]]].key] for visit in visits], int),
+        frame_unit=np.array([unit[frame.key] for frame in evidence.frames], int),
         units=int(window_unit.max(initial=-1)) + 1,
         camera_hours=float(sum(evidence.exposure_hours.values())),
-        watched=frozenset(nights),
+        watched=_watched(evidence),
         followed_visits=int(((weight == 0) & ~volunteered).sum()),
         volunteered_visits=int(volunteered.sum()),
     )
@@ -281,6 +290,19 @@ def threshold_of(
         raise DeermlError("NO_THRESHOLD", f"There is no threshold for {label!r}.", why="The model was not calibrated for this class.", next_step="Calibrate it again, with the classes of this home.")
     return float(own.get(label, thresholds.shared.get(label, math.nan)))
 
+# %% ../../nbs/60_judge/00_evidence.ipynb #30b9d432
+def _practice_frames(rng: np.random.Generator, first_id: int, where: NightKey, number: int, p: float, label: str | None) -> list[JudgedFrame]:
+    "One visit of one to four frames, the later ones in a followed window; or, without a label, one empty frame"
+    light: Light = "day" if rng.random() < 0.3 else "infrared"
+    count = int(rng.integers(1, 5)) if label else 1
+    frames = []
+    for step in range(count):
+        at = Box(*rng.uniform((0, 0, 20, 20), (400, 200, 160, 120)).tolist())
+        late, name = count > 2 and step >= count // 2, f"{where[1]}/{number:04d}"
+        truth = (Mark(label, at),) if label else ()
+        frames.append(JudgedFrame(first_id + step, *where, name + ("b" if late else "a"), light, None if late else p, "followed" if late else "drawn", truth, (640, 360)))
+    return frames
+
 # %% ../../nbs/60_judge/00_evidence.ipynb #2176937f
 def practice_evidence(
     visits: int = 60,
@@ -293,24 +315,28 @@ def practice_evidence(
 ) -> Evidence:
     "Evidence with known truth: visits of one to four frames in one or two windows, and empty windows"
     rng = np.random.default_rng(seed)
-    frames, found = [], []
+    frames: list[JudgedFrame] = []
+    found: list[Visit] = []
     for number in range(visits + empty_windows):
         camera, night = cameras[number % len(cameras)], f"night{rng.integers(nights):03d}"
-        light = "day" if rng.random() < 0.3 else "infrared"
-        count = int(rng.integers(1, 5)) if number < visits else 1
-        spread = int(count > 2)
-        start = len(frames)
-        for step in range(count):
-            at = Box(*rng.uniform((0, 0, 20, 20), (400, 200, 160, 120)).tolist())
-            truth = (Mark(label, at),) if number < visits else ()
-            name, late = f"{night}/{number:04d}", spread and step >= count // 2
-            role: Role = "followed" if late else "drawn"
-            frames.append(JudgedFrame(len(frames), camera, night, name + ("b" if late else "a"), light, None if late else p, role, truth, (640, 360)))
+        group = _practice_frames(rng, len(frames), (camera, night), number, p, label if number < visits else None)
+        frames += group
         if number < visits:
-            windows = tuple(sorted({frame.window for frame in frames[start:]}))
-            found.append(Visit(f"visit{number:04d}", camera, night, tuple(range(start, len(frames))), windows, hand_boxed=True))
+            windows = tuple(sorted({frame.window for frame in group}))
+            found.append(Visit(f"visit{number:04d}", camera, night, tuple(frame.frame_id for frame in group), windows, hand_boxed=True))
     hours = {(camera, f"night{night:03d}"): 10.0 for camera in cameras for night in range(nights)}
     return Evidence(tuple(frames), tuple(found), hours, (label,))
+
+# %% ../../nbs/60_judge/00_evidence.ipynb #d29df811
+def _logistic(value: float) -> float:
+    return 1 / (1 + math.exp(-value))
+
+# %% ../../nbs/60_judge/00_evidence.ipynb #9933a357
+def _near(rng: np.random.Generator, box: Box) -> Box:
+    "A box as a detector would draw it: a few percent off"
+    x, y, wide, high = box.xywh
+    right, down, wider, higher = rng.normal(0, 0.06, 4)
+    return Box(x + right * wide, y + down * high, wide * math.exp(wider), high * math.exp(higher))
 
 # %% ../../nbs/60_judge/00_evidence.ipynb #8b386ea0
 def practice_predictions(
@@ -321,20 +347,13 @@ def practice_predictions(
 ) -> dict[int, list[Mark]]:
     "What a model of that skill would see: hard visits are hard for everyone, the rest is its own luck"
     shared, own = np.random.default_rng(1), np.random.default_rng([2, seed])
-    label, predictions = evidence.classes[0], {frame.frame_id: [] for frame in evidence.frames}
+    label = evidence.classes[0]
+    predictions: dict[int, list[Mark]] = {frame.frame_id: [] for frame in evidence.frames}
     for visit in evidence.visits:
         level = skill + shared.normal(0, 1.2) + own.normal(0, 0.6)
-        for frame_id in visit.frame_ids:
-            for mark in evidence.frames[evidence.position[frame_id]].truth:
-                x, y, wide, high = mark.box.xywh
-                shift = own.normal(0, 0.06, 4)
-                box = Box(x + shift[0] * wide, y + shift[1] * high, wide * math.exp(shift[2]), high * math.exp(shift[3]))
-                predictions[frame_id].append(Mark(label, box, _logistic(level + own.normal(0, 0.5))))
+        for frame in (evidence.frames[evidence.position[i]] for i in visit.frame_ids):
+            predictions[frame.frame_id] += [Mark(label, _near(own, mark.box), _logistic(level + own.normal(0, 0.5))) for mark in frame.truth]
     for frame in evidence.frames:
         if own.random() < alarm_rate:
             predictions[frame.frame_id].append(Mark(label, Box(500, 250, 60, 60), _logistic(own.normal(-0.5, 1))))
     return predictions
-
-# %% ../../nbs/60_judge/00_evidence.ipynb #d29df811
-def _logistic(value: float) -> float:
-    return 1 / (1 + math.exp(-value))

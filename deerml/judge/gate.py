@@ -271,7 +271,7 @@ def _numbers(evidence: Evidence, sample: Sample, settings: GateSettings) -> dict
     "What was judged, and by which rules"
     drawn = sum(window.role == "drawn" for window in evidence.windows)
     return {
-        "visits": sample.visits, "effective_visits": effective_visits(sample), "frames": len(evidence.frames), "windows_drawn": drawn,
+        "classes": list(evidence.classes), "visits": sample.visits, "effective_visits": effective_visits(sample), "frames": len(evidence.frames), "windows_drawn": drawn,
         "camera_nights": sample.camera_nights, "camera_hours": sample.camera_hours, "selection": sample.selection,
         "volunteered_visits": sample.volunteered_visits, "followed_visits": sample.followed_visits, "settings": asdict(settings),
     }
@@ -332,7 +332,7 @@ def _first_checks(sample: Sample, figures: Figures, settings: GateSettings) -> l
     recall = figures.visit_recall or 0.0
     found = f"It finds {recall:.0%} of {plural(sample.visits, 'visit')}, surely at least {figures.recall_lower:.0%}; {settings.floor_recall:.0%} is the floor."
     alarms = "Its false alarms a night are not known."
-    if least is not None:
+    if least is not None and figures.per_camera_night is not None:
         alarms = f"It raises {figures.per_camera_night:.2f} false alarms a camera and night, surely at least {least:.2f}; {ceiling:g} is the ceiling."
     growth = growth_needed(recall, figures.recall_lower, settings.floor_recall)
     return [

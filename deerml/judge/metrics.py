@@ -42,7 +42,7 @@ def _best(marks: Iterable, truth: Sequence[Labelled], label: str) -> tuple[float
     if not seen:
         return -np.inf, -np.inf
     scores = np.array([mark.score for mark in seen], float)
-    on_animal = (iou_matrix([mark.box.xywh for mark in seen], np.array(boxes)) >= HIT_IOU).any(1)
+    on_animal = (iou_matrix(np.array([mark.box.xywh for mark in seen]), np.array(boxes)) >= HIT_IOU).any(1)
     return scores[on_animal].max(initial=-np.inf), scores[~on_animal].max(initial=-np.inf)
 
 # %% ../../nbs/60_judge/00_metrics.ipynb #01344447
@@ -74,12 +74,12 @@ class Decisions:
 # %% ../../nbs/60_judge/00_metrics.ipynb #4a9af36e
 def decide(evidence: Evidence, peaks: Peaks, thresholds: ThresholdTable) -> Decisions:
     "Visits found and false alarms raised at these thresholds. Raises `NO_THRESHOLD`."
-    cameras = {item.camera for item in (*evidence.visits, *evidence.windows)}
+    cameras = {visit.camera for visit in evidence.visits} | {window.camera for window in evidence.windows}
     limits = {camera: [threshold_of(thresholds, camera, label) for label in evidence.classes] for camera in cameras}
     shape = (-1, len(evidence.classes))
     at_visits = np.array([limits[visit.camera] for visit in evidence.visits]).reshape(shape)
     at_windows = np.array([limits[window.camera] for window in evidence.windows]).reshape(shape)
-    return Decisions((peaks.found >= at_visits).any(1), (peaks.false >= at_windows).any(1))
+    return Decisions(np.any(peaks.found >= at_visits, axis=1), np.any(peaks.false >= at_windows, axis=1))
 
 # %% ../../nbs/60_judge/00_metrics.ipynb #ec248549
 def visit_recall(
