@@ -115,14 +115,6 @@ class Letterbox:
         left, top = (round(pixels / 2 - 0.1) for pixels in spare)
         return cls(image, resized, (resized[0] + spare[0], resized[1] + spare[1]), left, top)
 
-    def draw(self, image: np.ndarray, fill: int) -> np.ndarray:
-        "The rectangle, uint8 [height, width, 3]"
-        (wide, high), (canvas_wide, canvas_high) = self.resized, self.canvas
-        canvas = np.full((canvas_high, canvas_wide, 3), fill, np.uint8)
-        scaled = image if self.resized == self.image else cv2.resize(image, self.resized)  # bilinear
-        canvas[self.top:self.top + high, self.left:self.left + wide] = scaled
-        return canvas
-
     def undo(self, corners: np.ndarray) -> np.ndarray:
         "Corners float32 [N, 4] on the rectangle as corners on the image, clipped to it"
         (wide, high), (resized_wide, resized_high) = self.image, self.resized
@@ -130,14 +122,21 @@ class Letterbox:
         moved = (corners - np.array([self.left, self.top] * 2, np.float32)) / gain
         return np.clip(moved, 0, np.array([wide, high] * 2, np.float32))
 
-# %% ../../nbs/10_model/01_detector.ipynb #3f293085
+# %% ../../nbs/10_model/01_detector.ipynb #13a69d06
 def to_tensor(
-    canvas: np.ndarray,  # uint8 [height, width, 3], BGR
-) -> np.ndarray:  # float32 [3, height, width], RGB, 0 to 1
+    image: np.ndarray,  # uint8 [height, width, 3], BGR
+    plan: Letterbox,
+    fill: int,  # grey of the padding, 0 to 255
+) -> np.ndarray:  # float32 [3, height, width] of the canvas, RGB, 0 to 1
     "What the network is fed"
-    tensor = np.empty((3, *canvas.shape[:2]), np.float32)
-    for channel, plane in enumerate(cv2.split(canvas)):
-        np.divide(plane, np.float32(255), out=tensor[2 - channel])
+    (wide, high), (canvas_wide, canvas_high) = plan.resized, plan.canvas
+    right, bottom, white = plan.left + wide, plan.top + high, np.float32(255)
+    scaled = image if plan.resized == plan.image else cv2.resize(image, plan.resized)  # bilinear
+    tensor = np.empty((3, canvas_high, canvas_wide), np.float32)
+    tensor[:, :plan.top] = tensor[:, bottom:] = fill / white
+    tensor[:, :, :plan.left] = tensor[:, :, right:] = fill / white
+    for channel, plane in enumerate(cv2.split(scaled)):
+        np.divide(plane, white, out=tensor[2 - channel, plan.top:bottom, plan.left:right])
     return tensor
 
 # %% ../../nbs/10_model/01_detector.ipynb #5f1444a9
@@ -148,7 +147,7 @@ def preprocess(
     "An image as the model sees it"
     plan = Letterbox.fit((image.shape[1], image.shape[0]), serving.input)
     enhanced = enhance(image, serving.preprocessing.clahe)
-    return to_tensor(plan.draw(enhanced, serving.preprocessing.letterbox_fill)), plan
+    return to_tensor(enhanced, plan, serving.preprocessing.letterbox_fill), plan
 
 # %% ../../nbs/10_model/01_detector.ipynb #1ebca71b
 @dataclass(frozen=True, slots=True)
@@ -180,8 +179,9 @@ def _raw_candidates(output: np.ndarray, keep_score: float) -> Candidates:
     best = output[4:].max(0)
     _check_scores(best)
     kept = np.flatnonzero(best >= keep_score)
-    centre, half = output[:2, kept].T, output[2:4, kept].T / 2
-    return np.concatenate((centre - half, centre + half), 1), best[kept], output[4:, kept].argmax(0)
+    strong = output[:, kept]
+    centre, half = strong[:2], strong[2:4] / 2
+    return np.concatenate((centre - half, centre + half)).T, best[kept], strong[4:].argmax(0)
 
 
 def _final_candidates(output: np.ndarray, keep_score: float) -> Candidates:
@@ -194,6 +194,7 @@ def _final_candidates(output: np.ndarray, keep_score: float) -> Candidates:
 CLASS_SHIFT = np.float32(7680)  # pixels; `max_wh` of Ultralytics' `non_max_suppression`
 
 # %% ../../nbs/10_model/01_detector.ipynb #b6332a11
+@np.errstate(invalid="ignore")  # two boxes without an area: 0 / 0 is no overlap
 def suppress(
     corners: np.ndarray,  # float32 [K, 4], left, top, right, bottom
     scores: np.ndarray,  # float32 [K]
@@ -201,7 +202,7 @@ def suppress(
     max_iou: float,  # boxes that overlap by more are one animal
     limit: int,  # at most so many are kept
 ) -> list[int]:  # rows that are kept, by falling score
-    "Class-aware non-maximum suppression, equal to torchvision's"
+    "Class-aware non-maximum suppression, equal to torchvision's, which compares in double precision"
     order = np.argsort(-scores, kind="stable")
     shifted = corners[order] + classes[order, None].astype(np.float32) * CLASS_SHIFT
     left, top, right, bottom = np.ascontiguousarray(shifted.T)
@@ -213,8 +214,8 @@ def suppress(
         wide = np.minimum(right[best], right[rest]) - np.maximum(left[best], left[rest])
         high = np.minimum(bottom[best], bottom[rest]) - np.maximum(top[best], top[rest])
         overlap = np.maximum(wide, 0) * np.maximum(high, 0)
-        # Multiplied out, boxes without an area need no special case: they overlap nothing.
-        rest = rest[overlap <= np.float32(max_iou) * (area[best] + area[rest] - overlap)]
+        iou = overlap / (area[best] + area[rest] - overlap)
+        rest = rest[~(iou > np.float64(max_iou))]
     return kept
 
 # %% ../../nbs/10_model/01_detector.ipynb #9e81839e
