@@ -137,7 +137,8 @@ def test_pickles_are_data_that_nobody_opens(tmp_path):
         array[0] = Payload(canary)
         np.savez(folder / f"array{protocol}.npz", array)
         (folder / f"appended{protocol}.onnx").write_bytes(MODEL[:-7] + content)
-    done = subprocess.run([sys.executable, "-c", PROBE, folder], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", PROBE, folder], capture_output=True, text=True, check=False,
+                          cwd=Path(__file__).resolve().parents[1])
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
     assert not canary.exists()
 

@@ -18,14 +18,22 @@ from deerml.model.bundle import Candidate, Input, Output, ServingDraft, spot_dra
 from deerml.model.detector import Detector, decode, suppress
 
 with_ultralytics = pytest.mark.skipif(importlib.util.find_spec("ultralytics") is None, reason="ultralytics is absent")
+ROOT = Path(__file__).resolve().parents[1]
 CLASSES = ["deer", "fox"]
 SHAPES = [(360, 640), (480, 640), (640, 360), (100, 333), (320, 320), (1080, 1920), (361, 639)]
 
 
 def test_serving_needs_no_torch():
     program = "import sys, deerml.model.detector; print({'torch', 'ultralytics', 'matplotlib'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "set()"
+
+
+def test_the_runtime_reports_to_nobody(tmp_path):
+    environ = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    environ |= {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path), "XDG_DATA_HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", "import deerml.model.detector"], check=True, cwd=ROOT, env=environ)
+    assert not list(tmp_path.rglob("*onnxruntime*")), "ONNX Runtime keeps what it means to send"
 
 
 # -- decoding -----------------------------------------------------------------------------------------------------

@@ -7,6 +7,11 @@ __all__ = ['MARKER', 'END_OF_IMAGE', 'START_OF_IMAGE', 'START_OF_SCAN', 'STANDAL
            'Candidates', 'CLASS_SHIFT', 'MAX_BATCH', 'RUNTIME_ERRORS', 'decode', 'enhance', 'Letterbox', 'to_tensor',
            'preprocess', 'Detection', 'suppress', 'postprocess', 'Detector', 'fires']
 
+# %% ../../nbs/10_model/01_detector.ipynb #b69a59f3
+import os
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+
 # %% ../../nbs/10_model/01_detector.ipynb #9eccdd35
 import re
 from collections import defaultdict
