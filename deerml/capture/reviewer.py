@@ -51,7 +51,9 @@ class Reviewer:
         error_rate: float = 0.0,  # of forgetting a missed animal, and of calling a false box correct
         box_noise: float = 0.0,  # standard deviation of a drawn edge, as a share of the animal's width or height
         image_size: Size = (384, 288),
+        correct_iou: float = CORRECT_IOU,  # a stricter eye redraws more boxes
     ):
+        self.correct_iou = correct_iou
         self.name, self.error_rate, self.box_noise, self.image_size = name, error_rate, box_noise, image_size
         self.rng = np.random.default_rng(seed)
 
@@ -76,7 +78,7 @@ class Reviewer:
             kind, drawn = "correct", None
             if animal is None:
                 kind = "correct" if self._errs() else "false_positive"
-            elif iou < CORRECT_IOU:
+            elif iou < self.correct_iou:
                 kind, drawn = "adjusted", self._drawn(frame_truth[animal][1])
             judgements.append(Judgement(kind, detection.id, detection.label, drawn))
         found = {animal for animal, _ in matched.values()}

@@ -10,7 +10,7 @@ __all__ = ['BATCH', 'Origin', 'admissible_nights', 'evidence_of', 'window_probab
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 
 import numpy as np
 import sqlalchemy as sa
@@ -24,7 +24,7 @@ from ..core.durable import canonical_json, sha256_bytes
 from ..core.errors import DeermlError
 from ..data.split import splits
 from .evidence import Evidence, JudgedFrame, Light, Visit
-from ..model.bundle import Bundle, Serving
+from ..model.bundle import Bundle, Candidate, ServingDraft
 from ..model.detector import Detector, decode
 from ..review.queue import DrawnWindow, drawn_windows, probabilities
 
@@ -126,9 +126,10 @@ def _state(truth: Truth | None, classes: Sequence[str]) -> str:
     return truth.state(classes) if truth else "unreviewed"
 
 # %% ../../nbs/60_judge/06_collect.ipynb #75bf37d9
-def sight_key(serving: Serving) -> str:
-    "SHA-256 of all of a bundle that decides what it sees, thresholds left out"
-    return "sight:" + sha256_bytes(canonical_json(serving.model_dump(mode="json", exclude={"thresholds", "calibration"})))
+def sight_key(model: Bundle | Candidate) -> str:
+    "SHA-256 of all that decides what a model sees: its file and its description, thresholds left out"
+    described = model.serving.model_dump(mode="json", include=set(ServingDraft.model_fields))
+    return "sight:" + sha256_bytes(canonical_json(described | {"model_sha256": sha256_bytes(model.model())}))
 
 # %% ../../nbs/60_judge/06_collect.ipynb #72cd1e7b
 def light_of(
@@ -144,16 +145,16 @@ BATCH = 32  # frames between two commits: what an interruption can cost
 
 def look(
     store: Store,
-    bundle: Bundle,
+    model: Bundle | Candidate,
     wanted: Sequence[Frame],
     on_progress: Callable[[int, int], None] | None = None,  # called with (frames done, frames in all)
 ) -> dict[int, list[StoredDetection]]:  # by frame id, best first
-    "What a bundle sees on these frames: from memory where it has looked before, else through the serving `Detector`"
-    key = sight_key(bundle.serving)
-    ids = [frame.id for frame in wanted]
-    known = detections(store, bundle.digest, ids) | detections(store, key, ids)
+    "What a model sees on these frames: from memory where it has looked before, else through the serving `Detector`"
+    key, ids = sight_key(model), [frame.id for frame in wanted]
+    acted = detections(store, model.digest, ids) if isinstance(model, Bundle) else {}
+    known = acted | detections(store, key, ids)
     missing = [frame for frame in wanted if frame.id not in known]
-    detector = Detector(bundle) if missing else None
+    detector = Detector(model) if missing else None
     for start in range(0, len(missing), BATCH):
         group = missing[start:start + BATCH]
         pictures = [decode(image_bytes(store, frame)) for frame in group]
