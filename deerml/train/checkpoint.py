@@ -28,7 +28,7 @@ from ..core.durable import write_file
 from ..core.errors import DeermlError
 
 # %% ../../nbs/50_train/00_checkpoint.ipynb #8b3d044e
-ENVIRONMENT = {"YOLO_OFFLINE": "1", "YOLO_AUTOINSTALL": "0", "ULTRALYTICS_SAFE_LOAD": "1"}
+ENVIRONMENT = {"YOLO_OFFLINE": "1", "YOLO_AUTOINSTALL": "0", "ULTRALYTICS_SAFE_LOAD": "1", "ORT_DISABLE_TELEMETRY": "1"}
 FLAGS = {"ONLINE": False, "AUTOINSTALL": False, "SAFE_LOAD": True}  # what Ultralytics makes of them when it is imported
 MIN_TORCH = (2, 10)  # below it `weights_only` itself could be made to run code: CVE-2025-32434, CVE-2026-24747
 

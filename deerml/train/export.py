@@ -7,6 +7,12 @@ __all__ = ['OPSET', 'OUTPUT', 'PARITY_IMAGES', 'PARITY_IOU', 'PARITY_SCORE', 'CA
            'kind_of', 'Parity', 'TorchDetector', 'compare', 'training_of', 'parity_images', 'export', 'load_candidate']
 
 # %% ../../nbs/50_train/04_export.ipynb #45f6421a
+import os
+
+# From 1.29 on, ONNX Runtime reports to Microsoft as soon as it is imported, unless this is set before.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+
+# %% ../../nbs/50_train/04_export.ipynb #505382df
 import json
 import secrets
 import shutil

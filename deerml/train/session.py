@@ -8,6 +8,7 @@ __all__ = ['Progress', 'EVENTS', 'CHECKPOINT_S', 'REPORT_S', 'Plan', 'Quiet', 'D
 
 # %% ../../nbs/50_train/02_session.ipynb #15d4d806
 import io
+import json
 import logging
 import time
 import traceback
@@ -75,6 +76,13 @@ class Quiet:
         self.model = self.get_model(STATE_MODEL if base.suffix == ".npz" else config, weights, verbose=False)
         if base.suffix == ".npz":
             load_state(self.model, base)
+
+    def get_dataset(self):
+        "Ultralytics' own reader would ask github.com for a font, whatever is switched off"
+        data = json.loads(Path(self.args.data).read_bytes())
+        names = {int(number): name for number, name in data["names"].items()}
+        splits = {split: str(Path(data["path"], data[split])) for split in ("train", "val")}
+        return {**splits, "path": Path(data["path"]), "names": names, "nc": len(names), "channels": 3}
 
     def check_images(self):
         "What Ultralytics cannot read, it leaves out"
