@@ -324,6 +324,40 @@ def test_a_killed_training_goes_on(tmp_path, dataset, epochs):
     assert read_training(tmp_path / "run")["state"] == "finished"
 
 
+def test_a_training_that_stopped_before_its_first_checkpoint_begins_again(tmp_path, dataset):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(dataset, tmp_path / "run", QUICK, stop)
+    (tmp_path / "run/last.pt").unlink()
+    assert train(dataset, tmp_path / "run", QUICK, resume=True).exists()
+    record = read_training(tmp_path / "run")
+    assert (record["state"], record["epochs_done"], record["resumes"]) == ("finished", 2, 1) and record["base_sha256"]
+
+
+def test_a_resumed_run_does_not_need_its_base(tmp_path, dataset, run):
+    base = tmp_path / "base.pt"
+    shutil.copy(run / "last.pt", base)
+    recipe = Recipe(str(base), preset="tiny", image_size=96, epochs=3, batch=4)
+
+    def stop(done, *_):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(dataset, tmp_path / "run", recipe, stop)
+    base.unlink()
+    train(dataset, tmp_path / "run", recipe, resume=True)
+    assert read_training(tmp_path / "run")["state"] == "finished"
+
+
+def test_a_stray_checkpoint_in_a_new_folder_is_not_resumed(tmp_path, dataset, run):
+    (tmp_path / "run").mkdir()
+    shutil.copy(run / "last.pt", tmp_path / "run/last.pt")
+    assert weights_hash(train(dataset, tmp_path / "run", QUICK)) == weights_hash(run / "last.pt")
+
+
 FULL = """
 import resource
 from pathlib import Path

@@ -115,7 +115,8 @@ def read_split(
     classes: int,  # how many there are
 ) -> SplitFiles:
     "Check every image and label of a split. Raises `BAD_LABELS`, `BAD_IMAGE`."
-    folder, boxes, size = dataset_dir / "labels" / split, Counter(), 0
+    folder, size = dataset_dir / "labels" / split, 0
+    boxes: Counter[int] = Counter()
     images = sorted((dataset_dir / "images" / split).glob("*")) if (dataset_dir / "images" / split).is_dir() else []
     for image in images:
         data = image.read_bytes()

@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -60,8 +60,8 @@ def to_onnx(
 def kind_of(
     shape: Sequence[int | None],  # of the output, [batch, rows, columns]; None where it is open
     classes: int,  # how many there are
-) -> str:
-    "`raw` or `end2end`. Raises `WRONG_SHAPE`."
+) -> Literal["raw", "end2end"]:
+    "Raises `WRONG_SHAPE`"
     if len(shape) == 3 and shape[1] == 4 + classes:
         return "raw"
     if len(shape) == 3 and shape[2] == 6:
@@ -76,7 +76,7 @@ def _sides(value: onnx.ValueInfoProto) -> list[int | None]:
 
 def _tell_sides(value: onnx.ValueInfoProto, classes: int) -> None:
     "Name what is open and write down what is fixed, so that a server can check it without running the model"
-    sides = ["batch", 4 + classes, "anchors"] if kind_of(_sides(value), classes) == "raw" else ["batch", "boxes", 6]
+    sides: list[str | int | None] = ["batch", 4 + classes, "anchors"] if kind_of(_sides(value), classes) == "raw" else ["batch", "boxes", 6]
     value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, onnx.TensorProto.FLOAT, sides))
 
 # %% ../../nbs/50_train/04_export.ipynb #09ee4c91
@@ -172,7 +172,7 @@ def training_of(run_dir: Path) -> dict[str, Any]:
     record = read_training(run_dir)
     recipe = {name: record["recipe"][name] for name in FROM_RECIPE}
     recipe["base"] = Path(recipe["base"]).name  # a path would tell the names of folders
-    return recipe | {"epochs_done": record["epochs_done"], "base_sha256": record["base_sha256"], "seconds": record.get("seconds"), "counts": record["counts"]}
+    return recipe | {"epochs_done": record["epochs_done"], "base_sha256": record["base_sha256"], "resumes": record["resumes"], "counts": record["counts"]}
 
 # %% ../../nbs/50_train/04_export.ipynb #a0025cac
 def parity_images(run_dir: Path) -> list[Path]:

@@ -168,11 +168,11 @@ MAY_CHANGE = ("minutes", "threads", "device", "reserve_mb", "cache_images")  # b
 def _new_record(material: Material, recipe: Recipe) -> dict[str, Any]:
     counts = {split: {"images": len(files.images), "boxes": sum(files.boxes.values())} for split, files in material.splits.items()}
     return {"format": "deerml-training-1", "state": "running", "recipe": asdict(recipe), "classes": list(material.classes),
-            "dataset": dict(material.info), "counts": counts, "versions": tool_versions(), "started_at": stamp(now())}
+            "dataset": dict(material.info), "counts": counts, "versions": tool_versions(), "base_sha256": None, "resumes": 0, "started_at": stamp(now())}
 
 
-def _check_resume(run_dir: Path, new: Mapping[str, Any]) -> None:
-    "A run goes on only as what it was"
+def _check_resume(run_dir: Path, new: Mapping[str, Any]) -> dict[str, Any]:
+    "A run goes on only as what it was. What is kept of the record is returned."
     old = read_training(run_dir)
     if old["state"] == "finished":
         raise DeermlError("RUN_FINISHED", f"The run {run_dir.name} is finished: there is nothing to resume.", next_step="Start a new run, from its weights if you like.")
@@ -181,6 +181,7 @@ def _check_resume(run_dir: Path, new: Mapping[str, Any]) -> None:
     if changed:
         raise DeermlError("RESUME_MISMATCH", f"The run {run_dir.name} cannot go on with something else.", why=f"Changed: {', '.join(changed)}.",
                           next_step="Resume it as it was, or start a new run.")
+    return {"base_sha256": old.get("base_sha256"), "resumes": old["resumes"] + 1, "started_at": old["started_at"]}
 
 # %% ../../nbs/50_train/03_recipe.ipynb #f37cd052
 def train(
@@ -201,13 +202,15 @@ def train(
     with folder_lock(run_dir):
         record = _new_record(material, recipe)
         if resume:
-            _check_resume(run_dir, record)
+            record |= _check_resume(run_dir, record)
         with _recorded(run_dir, record), explained(run_dir):
-            base = find_base(recipe.base, run_dir)
-            record |= {"base_sha256": sha256_file(base) if base.is_file() else None}
+            goes_on = resume and (run_dir / "last.pt").exists()  # then what it began with is no longer needed
+            base = run_dir / "last.pt" if goes_on else find_base(recipe.base, run_dir)
+            if not goes_on:
+                record["base_sha256"] = sha256_file(base) if base.is_file() else None
             check_space(run_dir, material, recipe.reserve_mb)
             data = copy_material(material, run_dir / "data")
-            _run(run_dir, data, base, material, recipe, on_progress)
+            _run(run_dir, data, base, material, recipe, on_progress, goes_on)
             record["weights"] = "best.pt" if (run_dir / "best.pt").exists() else "last.pt"
     return run_dir / record["weights"]
 
@@ -223,13 +226,13 @@ def _usable_folder(run_dir: Path, resume: bool) -> Path:
     return run_dir
 
 # %% ../../nbs/50_train/03_recipe.ipynb #c829c09b
-def _run(run_dir: Path, data: Path, base: Path, material: Material, recipe: Recipe, on_progress: Progress | None) -> None:
+def _run(run_dir: Path, data: Path, base: Path, material: Material, recipe: Recipe, on_progress: Progress | None, goes_on: bool) -> None:
     import torch
     validates = recipe.validate and material.validates
     images = tuple(path.name for path in material.splits["train"].images)
     progress = on_screen(on_progress) if on_progress else None
     plan = Plan(base, images, validates, recipe.epochs, recipe.threads, recipe.freeze_epochs, progress)
-    last = {"resume": str(run_dir / "last.pt")} if (run_dir / "last.pt").exists() else {}
+    last = {"resume": str(base)} if goes_on else {}
     options = options_of(recipe, choose_device(recipe.device))
     threads = torch.get_num_threads()
     try:
