@@ -111,7 +111,7 @@ def main() -> None:
         run = train_candidate(home, recipe_for(home, seed=asked.seed), on_progress=bar("challenger"), name="challenger")
         judged = gate(store, run)
         contact_sheet(store, judged, asked.out / "test_photos.jpg")
-        models = {name: summary_of(store, judged, name) for name in ("champion", "challenger")}
+        models = {name: summary_of(judged, name) for name in ("champion", "challenger")}
     shutil.rmtree(folder)
     print(f"\n{'':<26}{'champion':>12}{'challenger':>12}")
     for title, name in (("AP50", "ap50"), ("AP", "ap"), ("photographs recalled", "visit_recall")):

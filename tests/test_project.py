@@ -196,6 +196,15 @@ def test_a_stale_readme(project):
     assert checks.stale_readme(project)
 
 
+def test_links_that_name_another_owner(project):
+    link = "[Open](https://colab.research.google.com/github/somebody/else/blob/main/colab/train.ipynb), git+https://github.com/somebody/else"
+    change(project / "colab/train.ipynb", lambda notebook: notebook["cells"][0]["source"].append(link))
+    assert checks.stale_links(project)
+    path = project / "colab/train.ipynb"
+    nb.write_nb(nb.with_owner(nb.read_nb(path), project), path)
+    assert not checks.stale_links(project) and "github.com/deerml/deerml" in path.read_text()
+
+
 def test_links_of_the_readme_start_at_the_root(project):
     text = (project / "README.md").read_text()
     assert "[first](nbs/00_core/00_first.ipynb), [on Colab](colab/train.ipynb)" in text

@@ -19,7 +19,8 @@ from execnb.nbio import nb2str, read_nb
 from IPython.core.inputtransformer2 import TransformerManager
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from nb import ROOT, clean, directives, notebooks, readme_text  # noqa: E402
+from execnb.nbio import read_nb  # noqa: E402
+from nb import ROOT, clean, directives, notebooks, readme_text, with_owner  # noqa: E402
 
 PACKAGE = "deerml"
 EXPORTS = ("default_exp", "export", "exporti", "exports")
@@ -174,7 +175,17 @@ def misplaced_notebooks(root: Path) -> list[str]:
     return complaints
 
 
-CHECKS = (stale_modules, unclean_notebooks, stale_readme, backward_imports, untidy_outputs, misplaced_notebooks)
+def stale_links(root: Path) -> list[str]:
+    "Notebooks of colab/ whose links name another owner than settings.ini"
+    found = []
+    for path in sorted((root / "colab").glob("*.ipynb")):
+        before = [cell.source for cell in read_nb(path).cells]
+        if before != [cell.source for cell in with_owner(read_nb(path), root).cells]:
+            found.append(f"{path.relative_to(root)}: links to another repository than settings.ini; run `python tools/nb.py readme`")
+    return found
+
+
+CHECKS = (stale_modules, unclean_notebooks, stale_readme, stale_links, backward_imports, untidy_outputs, misplaced_notebooks)
 
 
 def main() -> None:

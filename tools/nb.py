@@ -5,7 +5,7 @@
     python tools/nb.py save .nbtext/00_core/01_box.py    # -> the notebook; ids kept, outputs kept where unchanged
     nbdev_export                                         # -> deerml/core/box.py
     python tools/nb.py run nbs/00_core/01_box.ipynb      # fresh outputs, then cleaned
-    python tools/nb.py readme                            # nbs/index.ipynb -> README.md
+    python tools/nb.py readme                            # nbs/index.ipynb -> README.md; owner's name into colab/
     python tools/nb.py order                             # every notebook in reading order
 
 `text` and `save` also take colab/*.ipynb. `text` without a file writes all notebooks.
@@ -198,6 +198,20 @@ def readme_text(root: Path = ROOT) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+# The notebooks in colab/ are opened at an address that names the repository's owner; settings.ini says who that is.
+GITHUB = re.compile(r"(github(?:\.com)?/)[\w.-]+/[\w.-]+?(?=[/)\"\s.]|$)", re.M)
+
+
+def with_owner(notebook, root: Path = ROOT):
+    "The notebook with its links to GitHub pointing at the repository of settings.ini"
+    config = ConfigParser(delimiters=["="])
+    config.read(root / "settings.ini", encoding="utf-8")
+    place = f"{config['DEFAULT']['user']}/{config['DEFAULT']['repo']}"
+    for cell in notebook.cells:
+        cell.source = GITHUB.sub(lambda match: match[1] + place, cell.source)
+    return notebook
+
+
 def main(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         raise SystemExit(__doc__)
@@ -214,6 +228,8 @@ def main(arguments: list[str]) -> None:
             run(path)
     elif command == "readme":
         (ROOT / "README.md").write_text(readme_text(ROOT), encoding="utf-8")
+        for path in sorted((ROOT / "colab").glob("*.ipynb")):
+            write_nb(with_owner(read_nb(path)), path)
     elif command == "order":
         print("\n".join(str(path.relative_to(ROOT)) for path in notebooks(ROOT)))
     else:

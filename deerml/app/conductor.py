@@ -264,17 +264,16 @@ def write_judgement_page(
     with_frames: bool = True,  # False for a page that leaves the house
 ) -> Path:
     "The illustrated report of a judgement: verdict and why, figures, curves, frames before and after"
-    contestants, digests = judged.contestants, {"challenger": judged.bundle.digest}
-    if judged.champion:
-        digests["champion"] = judged.champion.digest
-    sides = {name: Side(digests[name][:12], curve_of(judged.evidence, one), f"Trained on {judged.datasets[name] or 'data nobody knows'}.") for name, one in contestants.items()}
+    contestants = judged.contestants
+    notes = {name: f"{one.name[:12]}, trained on {judged.datasets[name] or 'data nobody knows'}." for name, one in contestants.items()}
+    sides = {name: Side(name, curve_of(judged.evidence, one), notes[name]) for name, one in contestants.items()}
 
     def picture(frame_id: int) -> bytes | None:
         frame = frames_by_id(store, [frame_id])[0]
         return None if frame.expired else image_bytes(store, frame)
 
     exhibits = exhibits_of(judged.evidence, contestants["champion"], contestants["challenger"], picture) if with_frames and judged.champion else ()
-    return write_report(path, judged.verdict, sides["challenger"], sides.get("champion"), exhibits, f"{store.home.path.name}: {sides['challenger'].name}")
+    return write_report(path, judged.verdict, sides["challenger"], sides.get("champion"), exhibits, f"{store.home.path.name}: {judged.bundle.digest[:12]}")
 
 # %% ../../nbs/90_app/00_conductor.ipynb #11991bd4
 def summary_of(

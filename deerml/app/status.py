@@ -20,6 +20,7 @@ from typing import Literal
 
 import sqlalchemy as sa
 
+from .. import __version__
 from .conductor import champion, last_judgement, list_runs
 from ..capture import schema
 from ..capture.backup import Findings, list_backups, verify
@@ -118,7 +119,7 @@ def examine_home(home: Home) -> list[Finding]:
 
 # %% ../../nbs/90_app/01_status.ipynb #1183e430
 def _python() -> Finding:
-    return Finding("ok", f"deerml {version('deerml')} on Python {platform.python_version()}, onnxruntime {version('onnxruntime')}.")
+    return Finding("ok", f"deerml {__version__} on Python {platform.python_version()}, onnxruntime {version('onnxruntime')}.")
 
 # %% ../../nbs/90_app/01_status.ipynb #c7e3fc9b
 def _sqlite() -> Finding:

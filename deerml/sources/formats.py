@@ -31,10 +31,7 @@ class CocoImage:
     path: Path
     entry: dict  # as the file has it
     boxes: tuple[tuple[str, Box], ...] = ()  # (class, box)
-
-    @property
-    def annotated(self) -> bool:
-        return bool(self.boxes) and self.entry.get("annotated", True) is not False
+    asked: frozenset[str] = frozenset()  # classes that whoever annotated this image looked for; empty: nobody did
 
 # %% ../../nbs/25_sources/02_formats.ipynb #45d413ed
 def _bad(path: Path, problems: Sequence[str], next_step: str = "Correct the file and import again; nothing was stored.") -> DeermlError:
@@ -66,7 +63,9 @@ def read_coco(
     boxes, box_problems = _boxes(annotations, by_image, names, classes)
     if problems := problems + box_problems:
         raise _bad(path, problems)
-    return [CocoImage(image.path, image.entry, tuple(boxes.get(image_id, ()))) for image_id, image in by_image.items()]
+    annotated = {annotation["image_id"] for annotation in annotations}
+    asked = {image_id: frozenset(names.values()) if image.entry.get("annotated", image_id in annotated) else frozenset() for image_id, image in by_image.items()}
+    return [CocoImage(image.path, image.entry, tuple(boxes.get(image_id, ())), asked[image_id]) for image_id, image in by_image.items()]
 
 # %% ../../nbs/25_sources/02_formats.ipynb #351e609e
 def _duplicates(images: list, annotations: list, categories: list) -> list[str]:
@@ -128,9 +127,9 @@ def sayings_of(image: CocoImage, frame_id: int, classes: Sequence[str], absent: 
         said.append(BoxVerdict(frame_id, "missed", label, box, operation_id=f"coco:{frame_id}:{unique}:box{number}"))
     boxed = {label for label, _ in image.boxes}
     labelled = set(image.entry.get("image_labels") or ())
-    if complete := tuple(label for label in classes if label in boxed and image.annotated):
+    if complete := tuple(label for label in classes if label in boxed & image.asked):
         said.append(FrameStatement(frame_id, "all_boxed", complete, operation_id=f"coco:{frame_id}:{unique}:boxed"))
-    if empty := tuple(label for label in classes if label in absent and label not in boxed | labelled):
+    if empty := tuple(label for label in classes if label in image.asked.union(absent) and label not in boxed | labelled):
         said.append(FrameStatement(frame_id, "nothing_here", empty, operation_id=f"coco:{frame_id}:{unique}:empty"))
     return said
 
