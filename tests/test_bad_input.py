@@ -14,7 +14,6 @@ import pytest
 import sqlalchemy as sa
 from PIL import Image
 from typer.testing import CliRunner
-from yards import AFTER, picture, yard
 
 from deerml.app.cli import app
 from deerml.app.conductor import recipe_for, train_candidate
@@ -23,6 +22,7 @@ from deerml.core.errors import DeermlError
 from deerml.core.settings import Home
 from deerml.data.version import freeze
 from deerml.model.bundle import Bundle, Thresholds, seal, spot_draft, spot_model
+from yards import AFTER, picture, yard
 
 
 def snapshot(folder: Path) -> dict[str, str]:

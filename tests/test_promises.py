@@ -9,9 +9,7 @@ import sys
 import numpy as np
 import pytest
 import sqlalchemy as sa
-from yards import AFTER, SPOT, START, picture, yard
 
-from deerml.capture import schema
 from deerml.capture.backup import verify
 from deerml.capture.store import NewFrame, Store, add_frames, frames, frames_by_id, image_bytes
 from deerml.capture.truth import BoxVerdict, CompleteTruth, FrameStatement, record, truths
@@ -22,6 +20,7 @@ from deerml.data.version import Sample, freeze, samples_of
 from deerml.judge.collect import look
 from deerml.model.bundle import Bundle, Thresholds, seal, spot_draft, spot_model
 from deerml.model.detector import Detector, decode
+from yards import AFTER, SPOT, START, picture, yard
 
 
 def test_an_unreviewed_frame_never_becomes_a_label(tmp_path):

@@ -19,7 +19,6 @@ from execnb.nbio import nb2str, read_nb
 from IPython.core.inputtransformer2 import TransformerManager
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from execnb.nbio import read_nb  # noqa: E402
 from nb import ROOT, clean, directives, notebooks, readme_text, with_owner  # noqa: E402
 
 PACKAGE = "deerml"

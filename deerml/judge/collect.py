@@ -19,7 +19,7 @@ from ..capture import schema
 from ..capture.store import Frame, Store, StoredDetection, detections, exposure_hours, frames, ignore_known, image_bytes, record_inference
 from ..capture.truth import Truth, complete_truths, truths
 from ..capture.visits import visits_of
-from ..core.clock import night_bounds, parse_time
+from ..core.clock import night_bounds
 from ..core.durable import canonical_json, sha256_bytes
 from ..core.errors import DeermlError
 from ..data.split import splits
