@@ -3,7 +3,7 @@
     python benchmarks/detect.py
 
 One thread, the same network, the same rectangle, interleaved; medians. Needs `deerml[train]`.
-The network is a YOLOv8n with random weights: how long it takes does not depend on what it has learned.
+The network is a YOLO26n, the default base on a CPU, with random weights: its time does not depend on what it learned.
 """
 import json
 import os
@@ -43,9 +43,9 @@ def scene(random: np.random.Generator, height: int = 360, width: int = 640) -> n
 
 def random_yolo(
     folder: Path,
-    name: str = "yolov8n",
+    name: str = "yolo26n",
     classes: list[str] = CLASSES,
-    spread: float = 0.45,  # of the last weights: 0.45 gives a few boxes in an image, 1.5 some hundred
+    spread: float = 1.3,  # of the last weights: decides how many boxes there are, here a few in an image
 ) -> Path:
     "A checkpoint whose layers are normalised to pictures, so that scores and boxes differ from place to place"
     import torch

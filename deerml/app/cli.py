@@ -15,14 +15,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from ..core.errors import DeermlError
-
-if TYPE_CHECKING:
-    from deerml.core.settings import Home
 
 # %% ../../nbs/90_app/03_cli.ipynb #976ac1a5
 app = typer.Typer(name="deerml", no_args_is_help=False, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]})
@@ -108,7 +105,7 @@ def progress(label: str, as_json: bool = False) -> Iterator[Callable[[str, int, 
         yield show
 
 # %% ../../nbs/90_app/03_cli.ipynb #ee4a7d0a
-def _home(path: Path | None) -> "Home":
+def _home(path: Path | None) -> Any:  # a `deerml.core.settings.Home`, whose import takes longer than help may
     from deerml.core.settings import Home
     return Home.open(path) if path else Home.find()
 
@@ -185,7 +182,7 @@ def import_coco_command(
     say(as_json, ("Would import " if dry_run else "Imported ") + text, **asdict(report))
 
 # %% ../../nbs/90_app/03_cli.ipynb #78be66ce
-app.add_typer(import_app, name="import")
+_joined = app.add_typer(import_app, name="import")  # an assignment, because an exported cell only imports, defines and assigns
 
 # %% ../../nbs/90_app/03_cli.ipynb #c11ca78c
 @command(app, "prepare")
@@ -400,7 +397,7 @@ def _demo_text(outcome: Any) -> str:
     rows = (("visits found", "visit_recall", "{:.0%}"), ("false alarms a camera-hour", "false_alarms_per_camera_hour", "{:.2f}"), ("AP50", "ap50", "{:.3f}"), ("AP", "ap", "{:.3f}"))
     cells = [[form.format(model[name]) if model.get(name) is not None else "-" for model in (outcome.champion, outcome.challenger)] for _, name, form in rows]
     lines = [f"  {title:<28}{old:>12}{new:>14}" for (title, _, _), (old, new) in zip(rows, cells)]
-    acts = "the challenger" if outcome.deployed == outcome.challenger["digest"] else "the champion"
+    acts = {outcome.challenger["digest"]: "the challenger", None: "no model"}.get(outcome.deployed, "the champion")
     table = "\n".join([f"  {'':<28}{'champion':>12}{'challenger':>14}", *lines])
     reasons = "\n".join(f"  {reason}" for reason in outcome.reasons)
     return f"\n[bold]{table}[/]\n\nThe gate says [bold]{outcome.verdict.replace('_', ' ')}[/]:\n{reasons}\n\nFrom now on {acts} acts. {outcome.seconds:.0f} s in all.\nThe whole story, with pictures: [bold]{outcome.report}[/]"

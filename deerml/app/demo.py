@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ZONE', 'FIRST_NIGHT', 'FIRST_NIGHTS', 'LATER_NIGHTS', 'FIRST_CAMERAS', 'HOURS', 'SUMMER_VISITS', 'AUTUMN_VISITS',
-           'SHOWN_FROM', 'STRICT_IOU', 'SETTINGS', 'STEPS', 'nights', 'after', 'watch', 'review', 'Outcome', 'run_demo']
+           'SHOWN_FROM', 'STRICT_IOU', 'SETTINGS', 'WARM', 'STEPS', 'nights', 'after', 'watch', 'review', 'Outcome',
+           'run_demo']
 
 # %% ../../nbs/90_app/02_demo.ipynb #da7b5155
 import multiprocessing
@@ -17,7 +18,7 @@ from datetime import date, datetime, timedelta
 from pathlib import Path
 
 from deerml.app.conductor import (
-    Judged, Progress, Run, deploy_release, gate, prepare, publish, quiet, recipe_for, summary_of, train_candidate, write_judgement_page,
+    Judged, Progress, Run, champion, deploy_release, gate, prepare, publish, quiet, recipe_for, summary_of, train_candidate, write_judgement_page,
 )
 from ..capture import schema
 from ..capture.reviewer import Reviewer
@@ -43,6 +44,7 @@ SETTINGS = {
     "classes": ["deer"], "zone": ZONE, "image_size": 160, "base_model": "tiny", "epochs": 30, "batch": 8, "weekly_windows": 7000,
     "false_alarms_per_night": 1.0, "false_alarm_margin": 0.5, "floor_recall": 0.1,
 }
+WARM = {"epochs": 14, "batch": 16}  # of the successor, which starts from the first model
 STEPS = {  # what a person reads, and roughly how many seconds it takes
     "simulate": ("twelve nights in the yard", 6), "review": ("a person reviews them", 2), "first": ("training the first model", 30),
     "deploy": ("judging and deploying it", 8), "watch": ("two weeks with that model", 18), "second": ("training its successor", 50),
@@ -92,10 +94,10 @@ def _take_in(store: Store, truth: Truths, of_night: Sequence[Future]) -> list[in
     return ids
 
 # %% ../../nbs/90_app/02_demo.ipynb #a79b6500
-def watch(store: Store, detector: Detector, bundle: Bundle, frame_ids: Sequence[int], pictures: Sequence[bytes], cameras: Sequence[str]) -> None:
+def watch(store: Store, detector: Detector, bundle: Bundle, frame_ids: Sequence[int], seen: Sequence[SimFrame]) -> None:
     "Let the acting model see these frames, and keep what it found"
-    found = detector.batch([decode(data) for data in pictures])
-    record_inference(store, bundle.digest, [(frame_id, one, fires(one, camera, bundle)) for frame_id, one, camera in zip(frame_ids, found, cameras)])
+    found = detector.batch([decode(frame.jpeg) for frame in seen])
+    record_inference(store, bundle.digest, [(frame_id, one, fires(one, frame.camera, bundle)) for frame_id, one, frame in zip(frame_ids, found, seen)])
 
 # %% ../../nbs/90_app/02_demo.ipynb #34e0927e
 def review(store: Store, night: str, truth: Truths, reviewer: Reviewer, bundle: Bundle | None) -> None:
@@ -130,7 +132,7 @@ class Outcome:
     challenger: dict
     verdict: str
     reasons: tuple[str, ...]
-    deployed: str  # digest of the bundle that acts at the end
+    deployed: str | None  # digest of the bundle that acts at the end
     report: Path
     seconds: float
 
@@ -160,7 +162,7 @@ def run_demo(
             _later_nights(store, simulation, truth, reviewer, on_progress)
         last = nights(0, FIRST_NIGHTS + LATER_NIGHTS)[-1]
         prepare(store, at=after(last))
-        warm = recipe_for(home, seed=seed, base=str(first.path / "last.pt"), epochs=14, batch=16)
+        warm = recipe_for(home, seed=seed, base=str(first.path / "last.pt"), **WARM)
         second = train_candidate(home, warm, on_progress=_part(on_progress, "second"), name="second")
         judged = gate(store, second, at=after(last), on_progress=_part(on_progress, "gate"))
         return _finish(store, judged, seed, started, on_progress)
@@ -182,20 +184,22 @@ def _first_nights(store: Store, simulation: dict, truth: Truths, reviewer: Revie
 
 # %% ../../nbs/90_app/02_demo.ipynb #41227f3d
 def _put_in_charge(store: Store, run: Run, on_progress: Progress) -> None:
-    "The first model acts whatever the gate says of it: somebody has to, and the owner's word is on record"
+    "The first model acts also on thin evidence: somebody has to, and the owner's word is on record. A rejected one does not."
     judged = gate(store, run, at=after(nights(0, FIRST_NIGHTS)[-1]), on_progress=_part(on_progress, "deploy"))
-    release = publish(store, judged.bundle.digest, owner_reason="the demo's first model: there is no other")
-    deploy_release(store.home, release, now=True)
+    if judged.verdict.verdict != "reject":
+        release = publish(store, judged.bundle.digest, owner_reason="the demo's first model: there is no other")
+        deploy_release(store.home, release, now=True)
     on_progress("deploy", 1, 1)
 
 # %% ../../nbs/90_app/02_demo.ipynb #824782e9
 def _later_nights(store: Store, simulation: dict, truth: Truths, reviewer: Reviewer, on_progress: Progress) -> None:
-    bundle = Bundle.load((store.home.models / "current").resolve())
-    detector, later = Detector(bundle), nights(FIRST_NIGHTS, LATER_NIGHTS)
+    bundle, later = champion(store.home), nights(FIRST_NIGHTS, LATER_NIGHTS)
+    detector = Detector(bundle) if bundle else None
     for number, night in enumerate(later, 1):
         ids = _take_in(store, truth, simulation[night])
         seen = [frame for future in simulation[night] for frame in future.result()]
-        watch(store, detector, bundle, ids, [one.jpeg for one in seen], [one.camera for one in seen])
+        if bundle and detector:
+            watch(store, detector, bundle, ids, seen)
         review(store, night, truth, reviewer, bundle)
         simulation[night].clear()
         on_progress("watch", number, len(later))
@@ -205,11 +209,11 @@ def _finish(store: Store, judged: Judged, seed: int, started: float, on_progress
     "Release, deploy when the gate allows it, and tell"
     home = store.home
     release = publish(store, judged.bundle.digest)
-    if judged.verdict.verdict == "promote":
+    if judged.verdict.verdict in ("promote", "first"):
         deploy_release(home, release, now=True)
     report = write_judgement_page(store, judged, home.path / "report.html")
     on_progress("ship", 1, 1)
-    acting = Bundle.load((home.models / "current").resolve())
+    acting = champion(home)
     return Outcome(
         home.path, seed, summary_of(judged, "champion"), summary_of(judged, "challenger"), judged.verdict.verdict,
-        tuple(judged.verdict.reasons), acting.digest, report, time.monotonic() - started)
+        tuple(judged.verdict.reasons), acting.digest if acting else None, report, time.monotonic() - started)

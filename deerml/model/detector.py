@@ -175,18 +175,17 @@ def _bad_output(why: str) -> DeermlError:
 
 
 def _check_scores(scores: np.ndarray) -> None:
-    "NaN fails both comparisons"
-    if scores.size and not (scores.min() >= -SCORE_NOISE and scores.max() <= 1 + SCORE_NOISE):
+    "The greatest says enough: it is NaN if any is, and one of logits is negative or large"
+    if scores.size and not -SCORE_NOISE <= scores.max() <= 1 + SCORE_NOISE:
         raise _bad_output("Its scores are not between 0 and 1.")
 
 # %% ../../nbs/10_model/01_detector.ipynb #12a135e0
 def _raw_candidates(output: np.ndarray, keep_score: float) -> Candidates:
     best = output[4:].max(0)
     _check_scores(best)
-    kept = np.flatnonzero(best >= keep_score)
-    strong = output[:, kept]
+    strong = output[:, best >= keep_score]
     centre, half = strong[:2], strong[2:4] / 2
-    return np.concatenate((centre - half, centre + half)).T, best[kept], strong[4:].argmax(0)
+    return np.concatenate((centre - half, centre + half)).T, strong[4:].max(0), strong[4:].argmax(0)
 
 
 def _final_candidates(output: np.ndarray, keep_score: float) -> Candidates:
@@ -232,6 +231,8 @@ def postprocess(
     "The model's answer for one image as boxes on that image. Raises `BAD_OUTPUT`."
     raw = serving.output.kind == "raw"
     corners, scores, classes = (_raw_candidates if raw else _final_candidates)(output, serving.keep_score)
+    if not len(scores):  # nearly every frame of nearly every night
+        return []
     if not np.isfinite(corners).all() or (not raw and not np.isin(classes, range(len(serving.classes))).all()):
         raise _bad_output("It holds boxes without numbers, or classes that do not exist.")
     limit = serving.max_detections
