@@ -11,7 +11,7 @@ import platform
 import shutil
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -54,7 +54,7 @@ def status_of(store: Store) -> State:
     known = states["boxes_complete"] + states["verified_empty"]
     versions, runs, releases, acting = list_versions(home.datasets), list_runs(home), list_releases(home.releases), champion(home)
     lines = {
-        "frames": f"{len(every)} of {len({frame.camera for frame in every})} cameras",
+        "frames": f"{len(every)}, from {_counted({frame.camera for frame in every}, 'camera or folder', 'cameras and folders')}",
         "reviewed": f"{known} ({states['boxes_complete']} with an animal)" + (f", {states['disputed']} disputed" if states["disputed"] else ""),
         "dataset": versions[-1].name if versions else "none yet",
         "training": f"{runs[-1].id}, on {runs[-1].result['dataset']}" if runs else "none yet",
@@ -62,6 +62,10 @@ def status_of(store: Store) -> State:
         "champion": acting.digest[:12] if acting else "none: nothing is detected yet",
     }
     return State(str(home.path), lines, *_next(store, len(every), known, versions, runs, releases, acting))
+
+# %% ../../nbs/90_app/01_status.ipynb #43639f81
+def _counted(things: Collection, one: str, many: str) -> str:
+    return f"{len(things)} {one if len(things) == 1 else many}"
 
 # %% ../../nbs/90_app/01_status.ipynb #df7de4b5
 def _next(store: Store, count: int, known: int, versions: Sequence, runs: Sequence, releases: Sequence, acting: object) -> tuple[str, str]:
