@@ -12,8 +12,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-# Before the imports: Ultralytics reads these while it is imported, and OpenMP when torch loads it.
-os.environ.update(YOLO_OFFLINE="1", YOLO_AUTOINSTALL="0", YOLO_VERBOSE="0", OMP_NUM_THREADS="1")
+os.environ["OMP_NUM_THREADS"] = "1"  # OpenMP reads it when torch loads it
 
 import cv2
 import numpy as np
@@ -21,6 +20,7 @@ import numpy as np
 from deerml.core.box import iou_matrix
 from deerml.model.bundle import Bundle, Input, Output, ServingDraft, Thresholds, seal
 from deerml.model.detector import Detector, decode, preprocess
+from deerml.train.checkpoint import quiet_ultralytics
 
 SIZES = {320: 1.5, 640: 1.15}  # pixels -> how many times faster than predict it should be
 OVER_FLOOR = 1.10  # decoding and the network alone, plus a tenth
@@ -48,6 +48,7 @@ def random_yolo(
     spread: float = 1.3,  # of the last weights: decides how many boxes there are, here a few in an image
 ) -> Path:
     "A checkpoint whose layers are normalised to pictures, so that scores and boxes differ from place to place"
+    quiet_ultralytics()
     import torch
     from ultralytics.nn.tasks import DetectionModel
 

@@ -122,10 +122,11 @@ def test_a_model_gone_mad_costs_milliseconds():
 # -- beside Ultralytics -------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("yolo")
-    os.environ.setdefault("YOLO_CONFIG_DIR", str(folder))
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEERML_CACHE", str(folder))
+        yield folder
 
 
 def pictures() -> list[np.ndarray]:
@@ -136,7 +137,9 @@ def pictures() -> list[np.ndarray]:
 
 def peer_and_ours(folder, name, *, size=320, rect=True, kind="raw", dynamic=True):
     "Ultralytics' predict as an array [N, 6], and a Detector of the same checkpoint"
-    from benchmarks.detect import exported, random_yolo  # isort: skip  # sets what Ultralytics reads at its import
+    from benchmarks.detect import exported, random_yolo
+    from deerml.train.checkpoint import quiet_ultralytics
+    quiet_ultralytics()
     from ultralytics import YOLO
 
     options = {"nms": False} if kind == "end2end" else {}
