@@ -19,6 +19,7 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from ..capture import schema
+from ..capture.backup import back_up_if_due
 from ..capture.store import Frame, Store, detections, frames, frames_by_id, ignore_known, image_bytes, image_path
 from ..core.box import Box
 from ..core.clock import now, parse_time, stamp
@@ -71,8 +72,10 @@ def _remember(store: Store, bundle: Bundle, origin: str, parent: str | None, rec
 
 # %% ../../nbs/90_app/00_conductor.ipynb #ef52459e
 def prepare(store: Store, at: datetime | None = None, force: bool = False) -> Frozen:
-    "Freeze the reviewed frames into the next dataset version. Raises `UNHEALTHY`."
-    return freeze(store, at, force, _champions_boxes(store))
+    "Freeze the reviewed frames into the next dataset version; a backup follows when one is due. Raises `UNHEALTHY`."
+    frozen = freeze(store, at, force, _champions_boxes(store))
+    back_up_if_due(store.home)
+    return frozen
 
 # %% ../../nbs/90_app/00_conductor.ipynb #840901c8
 def _champions_boxes(store: Store) -> dict[str, list[Box]]:
