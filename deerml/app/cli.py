@@ -383,7 +383,14 @@ def demo_progress(as_json: bool) -> Iterator[Callable[[str, int, int], None]]:
     if as_json:
         yield lambda name, done, total: None
     elif not sys.stderr.isatty():
-        yield lambda name, done, total: print(f"  done: {STEPS[name][0]}", file=sys.stderr, flush=True) if done == total else None
+        begun: set[str] = set()
+
+        def line(name: str, done: int, total: int) -> None:
+            if name not in begun:
+                begun.add(name)
+                print(f"  {STEPS[name][0]} ...", file=sys.stderr, flush=True)
+
+        yield line
     else:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn

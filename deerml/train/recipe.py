@@ -118,9 +118,9 @@ def options_of(
 ) -> dict[str, Any]:
     "The recipe as options of Ultralytics' trainer"
     gpu = device != "cpu"
-    by_hand = {"optimizer": "AdamW", "lr0": recipe.learning_rate, "lrf": 0.05, "cos_lr": True, "warmup_bias_lr": 0.0, "nbs": recipe.batch}
+    by_hand = {"optimizer": "AdamW", "lr0": recipe.learning_rate, "lrf": 0.05, "cos_lr": True, "warmup_bias_lr": 0.0}
     return {
-        "imgsz": recipe.image_size, "epochs": recipe.epochs, "batch": recipe.batch, "seed": recipe.seed, "device": device, "amp": gpu,
+        "imgsz": recipe.image_size, "epochs": recipe.epochs, "batch": recipe.batch, "nbs": recipe.batch, "seed": recipe.seed, "device": device, "amp": gpu,
         "workers": min(8, os.cpu_count() or 1) if gpu else 0, "warmup_epochs": recipe.warmup_epochs, "mosaic": recipe.mosaic,
         "close_mosaic": min(10, recipe.epochs // 10 + 1) if recipe.mosaic else 0, "scale": recipe.scale, "freeze": recipe.freeze or None,
         "patience": recipe.patience, "cache": "ram" if recipe.cache_images else False, "time": recipe.minutes / 60 if recipe.minutes else None,
