@@ -34,6 +34,11 @@ def run_all(seeds: range, jobs: int) -> Iterator[dict]:
             yield done.result()
 
 
+def shown(figure: float | None) -> str:
+    "A figure, or a dash where there was no such model or no such figure"
+    return "-" if figure is None else f"{figure:.2f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=20, help="how many")
@@ -44,7 +49,7 @@ def main() -> None:
     outcomes = []
     for outcome in run_all(range(asked.first, asked.first + asked.seeds), asked.jobs):
         outcomes.append(outcome)
-        pairs = ["{:.2f} -> {:.2f}".format(*(outcome[model][name] or 0.0 for model in ("champion", "challenger"))) for name in ("visit_recall", "false_alarms_per_camera_hour", "ap50")]
+        pairs = [" -> ".join(shown(outcome[model][name]) for model in ("champion", "challenger")) for name in ("visit_recall", "false_alarms_per_camera_hour", "ap50")]
         print(f"{outcome['seed']:>4} {outcome['verdict']:<22}{pairs[0]:>16}{pairs[1]:>18}{pairs[2]:>16}{outcome['seconds']:>9.0f}", flush=True)
     verdicts = Counter(outcome["verdict"] for outcome in outcomes)
     print("\n" + ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common()))
