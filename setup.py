@@ -14,11 +14,11 @@ def listed(key: str) -> list[str]:
 
 
 # What may lie in the package beside its modules. A test builds the wheel and misses what is not listed here.
-DATA = "html css js svg yaml toml json txt".split()
+DATA = "html css js svg yaml toml json txt ipynb".split()
 
 suffix = "_requirements"
 extras = {key.removesuffix(suffix): listed(key) for key in about if key.endswith(suffix)}
-extras["dev"] += extras["train"]
+extras["dev"] += extras["train"] + extras["notebook"] + extras["postgres"]
 
 setup(
     name=about["lib_name"],
