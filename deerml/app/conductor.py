@@ -20,6 +20,7 @@ import sqlalchemy as sa
 
 from ..capture import schema
 from ..capture.backup import back_up_if_due
+from ..capture.light import lights
 from ..capture.store import Frame, Store, detections, frames, frames_by_id, ignore_known, image_bytes, image_path
 from ..core.box import Box
 from ..core.clock import now, parse_time, stamp
@@ -29,7 +30,7 @@ from ..core.settings import Home
 from ..data.split import assign_nights
 from ..data.version import Frozen, freeze, open_version
 from ..judge.calibrate import calibrate
-from ..judge.collect import Origin, admissible_nights, evidence_of, lights, look, visits_per_night
+from ..judge.collect import Origin, admissible_nights, evidence_of, look, visits_per_night
 from ..judge.evidence import Evidence, drawn_only
 from ..judge.compare import Contestant
 from ..judge.gate import GateContext, GateSettings, Verdict, judge

@@ -220,16 +220,25 @@ def _insert_frame(connection: sa.Connection, store: Store, zones: dict[str, str]
     if row["camera"] not in zones:
         zones[row["camera"]] = store.home.settings.zone
         connection.execute(ignore_known(connection, schema.camera).values(id=row["camera"], name=row["camera"], zone=zones[row["camera"]], first_seen=moment))
-    connection.execute(ignore_known(connection, schema.image).values(
-        sha256=sha256, width=header.width, height=header.height, byte_count=len(frame.data), media_type=header.media_type, stored_at=moment))
+    new_image = connection.execute(ignore_known(connection, schema.image).values(
+        sha256=sha256, width=header.width, height=header.height, byte_count=len(frame.data), media_type=header.media_type, stored_at=moment)).rowcount
     connection.execute(ignore_known(connection, schema.frame).values(**row, stored_at=moment))
     frame_id = connection.scalar(sa.select(schema.frame.c.id).where(schema.frame.c.frame_key == row["frame_key"]))
+    if not new_image:
+        _bring_back(connection, store, frame, header, sha256)
     received = stamp(frame.received_at) if frame.received_at else moment
     connection.execute(schema.sighting.insert().values(
         adapter=frame.adapter, external_id=frame.external_id, frame_id=frame_id, received_at=received, provenance=json.dumps(frame.provenance, sort_keys=True)))
     if row["trigger"] == "scheduled" and row["taken_at"]:
         connection.execute(ignore_known(connection, schema.exposure).values(camera=row["camera"], window=row["window"], night=row["night"], logged_at=moment))
     return frame_id
+
+# %% ../../nbs/20_capture/02_store.ipynb #0cb9504b
+def _bring_back(connection: sa.Connection, store: Store, frame: NewFrame, header: ImageHeader, sha256: str) -> None:
+    image = schema.image.c
+    lives_again = sa.update(schema.image).where(image.sha256 == sha256, image.expired_at.is_not(None)).values(expired_at=None, keep_probability=None)
+    if connection.execute(lives_again).rowcount:
+        write_images(store.home.images, [frame], [header], [sha256])
 
 # %% ../../nbs/20_capture/02_store.ipynb #84948e1f
 def _frame_row(store: Store, zones: dict[str, str], frame: NewFrame, sha256: str) -> dict[str, str | None]:

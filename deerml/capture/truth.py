@@ -10,7 +10,7 @@ __all__ = ['BoxWord', 'FrameWord', 'State', 'COMPLETE', 'AGREEMENT_IOU', 'Saying
 # %% ../../nbs/20_capture/03_truth.ipynb #ccd71e7b
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 from uuid import uuid4
 
@@ -144,6 +144,7 @@ class ClassTruth:
 
     state: State
     boxes: tuple[Box, ...] = ()
+    unsure: bool = False  # is `unsure` somebody's last word on it? It changes no state, but there is no use in asking again
 
 # %% ../../nbs/20_capture/03_truth.ipynb #c431bd3f
 def active(events: Sequence[sa.Row]) -> list[sa.Row]:
@@ -198,6 +199,10 @@ def fold(
 ) -> ClassTruth:
     "Truth of one class on one frame"
     opinions = _opinions(active(events), label)
+    return replace(_folded(opinions), unsure=any(opinion.word == "unsure" for opinion in opinions.values()))
+
+# %% ../../nbs/20_capture/03_truth.ipynb #1968244d
+def _folded(opinions: Mapping[str, _Opinion]) -> ClassTruth:
     if not opinions:
         return ClassTruth("unreviewed")
     if any(opinion.word == "exclude" for opinion in opinions.values()):
@@ -268,6 +273,11 @@ class Truth:
             return "boxes_complete" if "boxes_complete" in states else "verified_empty"
         return "unreviewed" if set(states) == {"unreviewed"} else "in_progress"
 
+    def unsure(self, classes: Sequence[str]) -> bool:
+        "Did somebody who looked leave every class that is not complete at `unsure`?"
+        states = [self.of.get(label, ClassTruth("unreviewed")) for label in classes]
+        return self.state(classes) not in COMPLETE and all(one.unsure or one.state in COMPLETE for one in states)
+
     def complete(self, classes: Sequence[str]) -> CompleteTruth:
         "The labels of this frame. Raises `NOT_COMPLETE` unless it is complete for every class."
         if (state := self.state(classes)) not in COMPLETE:
@@ -284,11 +294,21 @@ def truths(
     "Truth by frame id. Frames without any event are unreviewed and not listed, unless asked for."
     wanted = None if frame_ids is None else set(frame_ids)
     events: dict[int, list[sa.Row]] = {frame_id: [] for frame_id in wanted or ()}
-    with store.read() as connection:
-        for event in connection.execute(sa.select(schema.review_event).order_by(schema.review_event.c.id)):
-            if wanted is None or event.frame_id in wanted:
-                events.setdefault(event.frame_id, []).append(event)
+    for event in _events(store, wanted):
+        events.setdefault(event.frame_id, []).append(event)
     return {frame_id: Truth(frame_id, {label: fold(found, label) for label in classes}) for frame_id, found in events.items()}
+
+# %% ../../nbs/20_capture/03_truth.ipynb #29553e6b
+AT_ONCE = 500  # frame ids in one statement: SQLite bounds its parameters
+
+
+def _events(store: Store, wanted: set[int] | None) -> list[sa.Row]:
+    "Review events in the order they were recorded"
+    table = schema.review_event
+    query, few = sa.select(table).order_by(table.c.id), wanted is not None and len(wanted) <= AT_ONCE
+    with store.read() as connection:
+        found = connection.execute(query.where(table.c.frame_id.in_(wanted)) if few else query)
+        return [event for event in found if wanted is None or event.frame_id in wanted]
 
 # %% ../../nbs/20_capture/03_truth.ipynb #4d5eadbc
 def complete_truths(store: Store, classes: Sequence[str]) -> dict[int, CompleteTruth]:
