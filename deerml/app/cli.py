@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['app', 'import_app', 'HomeOption', 'JsonOption', 'say', 'command', 'progress', 'state', 'init', 'import_coco_command',
            'prepare_command', 'train_command', 'gate_command', 'publish_command', 'deploy_command', 'rollback_command',
-           'adopt_command', 'doctor_command', 'backup_command', 'restore_command', 'verify_command', 'demo_command',
-           'demo_progress', 'main']
+           'adopt_command', 'doctor_command', 'backup_command', 'restore_command', 'verify_command', 'retain_command',
+           'demo_command', 'demo_progress', 'main']
 
 # %% ../../nbs/90_app/09_cli.ipynb #8ecee67d
 import functools
@@ -352,6 +352,22 @@ def verify_command(
     say(as_json, found.sentence, **found.to_dict())
     if not found.whole:
         raise typer.Exit(1)
+
+# %% ../../nbs/90_app/09_cli.ipynb #3467fd60
+@command(app, "retain")
+def retain_command(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and delete nothing.")] = False,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    "Let old pictures go that nobody reviewed or is asked about: thinned by chance, within the space of the settings."
+    from dataclasses import asdict
+
+    from deerml.capture.retention import retain
+    from deerml.capture.store import Store
+    with Store.open(_home(home)) as store:
+        done = retain(store, dry_run=dry_run)
+    say(as_json, done.sentence, **asdict(done))
 
 # %% ../../nbs/90_app/09_cli.ipynb #20475bd3
 @command(app, "demo")
