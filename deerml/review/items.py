@@ -137,6 +137,7 @@ class Picture:
     media_type: str
     width: int  # pixels
     height: int
+    as_it_came: bool = False  # is it the stored file itself?
 
 # %% ../../nbs/30_review/02_items.ipynb #04d4782e
 def display_size(size: Size, longest: int = DISPLAY_PX) -> Size:
@@ -153,11 +154,11 @@ def picture_of(
     header = read_header(data)
     size = header.size if full else display_size(header.size)
     if header.orientation == 1 and size == header.size:
-        return Picture(data, f"image/{header.media_type}", *size)
+        return Picture(data, f"image/{header.media_type}", *size, as_it_came=True)
     try:
         pixels = decode(data)
     except DeermlError:  # damaged behind a sound header: the browser may show half of it, or says that it is broken
-        return Picture(data, f"image/{header.media_type}", *header.size)
+        return Picture(data, f"image/{header.media_type}", *header.size, as_it_came=True)
     return _jpeg(pixels, size, FULL_QUALITY if full else QUALITY)
 
 # %% ../../nbs/30_review/02_items.ipynb #2b1127bd
@@ -186,7 +187,7 @@ def crop_of(data: bytes, box: Box) -> Picture:
 class Pictures:
     "The pictures made last, up to a number of bytes"
 
-    def __init__(self, limit: int = 32 * 2**20):
+    def __init__(self, limit: int = 16 * 2**20):
         self.limit, self.size = limit, 0
         self.kept: OrderedDict[tuple, Picture] = OrderedDict()
 
@@ -195,7 +196,10 @@ class Pictures:
         if key in self.kept:
             self.kept.move_to_end(key)
             return self.kept[key]
-        self.kept[key] = picture = make()
+        picture = make()
+        if picture.as_it_came:
+            return picture
+        self.kept[key] = picture
         self.size += len(picture.data)
         while self.size > self.limit and len(self.kept) > 1:
             self.size -= len(self.kept.popitem(last=False)[1].data)
@@ -363,6 +367,7 @@ class Plan:
     items: tuple[str, ...]  # ids
     done: frozenset[str]  # those among them that the reviewer has judged
     before: int = 0  # items that were answered before, and are not asked again
+    windows: int = 0  # of both together
 
 # %% ../../nbs/30_review/02_items.ipynb #e907e18a
 def plan_review(
@@ -383,7 +388,7 @@ def plan_review(
     mine, answered = ({frame_id for frame_id, of_frame in events.items() if said(view, of_frame) or not can_be_seen(view, by_id[frame_id])} for said in (_judged_by_me, _answered))
     asked = [name for name in names if what != "queue" or not answered.issuperset(name.ids)]
     done = frozenset(str(name) for name in asked if mine.issuperset(name.ids))
-    return Plan(tuple(map(str, asked)), done, len(names) - len(asked))
+    return Plan(tuple(map(str, asked)), done, len(names) - len(asked), len(groups))
 
 # %% ../../nbs/30_review/02_items.ipynb #10ade028
 def _judged_by_me(view: View, events: Sequence[sa.Row]) -> bool:
