@@ -142,7 +142,7 @@ class Broken(Message):
 
     type: Literal["broken"]
     frame_id: Id
-    reason: Text = ""
+    reason: Annotated[str, Field(max_length=500)] = ""
 
 # %% ../../nbs/30_review/03_verdicts.ipynb #15c5e6fb
 MESSAGES = TypeAdapter(Annotated[Ready | Need | WantedImage | Verdict | UndoVerdict | Choose | Broken, Field(discriminator="type")])
