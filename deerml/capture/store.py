@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SUFFIX', 'NewFrame', 'Frame', 'image_path', 'Store', 'ignore_known', 'add_camera', 'add_frames', 'write_images',
-           'Ingest', 'insert_rows', 'frames', 'frames_by_id', 'image_bytes', 'exposure_hours', 'record_inference',
-           'StoredDetection', 'detections']
+           'Ingest', 'insert_rows', 'frames', 'among', 'frames_by_id', 'image_bytes', 'exposure_hours',
+           'record_inference', 'StoredDetection', 'detections']
 
 # %% ../../nbs/20_capture/02_store.ipynb #89178963
 import json
@@ -110,10 +110,13 @@ class Store:
             schema.copy_sqlite(self.engine, target)
 
     def _check_salt(self) -> None:
-        salt = self.home.settings.split_salt
-        with self.write() as connection:
-            connection.execute(ignore_known(connection, schema.meta).values(key="split_salt", value=salt))
-            kept = connection.scalar(sa.select(schema.meta.c.value).where(schema.meta.c.key == "split_salt"))
+        salt, query = self.home.settings.split_salt, sa.select(schema.meta.c.value).where(schema.meta.c.key == "split_salt")
+        with self.read() as connection:  # a home on a read-only disk can still be looked at
+            kept = connection.scalar(query)
+        if kept is None:
+            with self.write() as connection:
+                connection.execute(ignore_known(connection, schema.meta).values(key="split_salt", value=salt))
+                kept = connection.scalar(query)
         if kept != salt:
             raise DeermlError("SALT_CHANGED", "The setting split_salt was changed.", why="Nights keep their split for ever, and the salt decides it.", next_step=f'Set split_salt = "{kept}" again.')
 
@@ -270,13 +273,26 @@ def _frame(row: sa.Row) -> Frame:
     taken_at = parse_time(row.taken_at) if row.taken_at else None
     return Frame(row.id, row.image, row.camera, taken_at, row.night, row.window, row.sequence, row.trigger, row.width, row.height, row.media_type, row.expired_at is not None)
 
+# %% ../../nbs/20_capture/02_store.ipynb #e9a5bede
+def among(
+    column: sa.ColumnElement[int],
+    ids: Iterable[int] | None,  # None: no condition
+) -> Iterator[sa.ColumnElement[bool]]:
+    "Conditions that together ask for these ids: SQLite bounds the parameters of one statement"
+    if ids is None:
+        yield sa.true()
+        return
+    wanted = list(dict.fromkeys(ids))
+    for start in range(0, len(wanted), 500):
+        yield column.in_(wanted[start:start + 500])
+
 # %% ../../nbs/20_capture/02_store.ipynb #4300e97d
 def frames_by_id(store: Store, frame_ids: Iterable[int]) -> list[Frame]:
     "The frames of these ids, in the order asked for. Raises `NO_FRAME`."
     wanted = list(frame_ids)
     found: dict[int, Frame] = {}
-    for start in range(0, len(wanted), 500):  # SQLite bounds the parameters of one statement
-        found |= {frame.id: frame for frame in frames(store, schema.frame.c.id.in_(wanted[start:start + 500]))}
+    for condition in among(schema.frame.c.id, wanted):
+        found |= {frame.id: frame for frame in frames(store, condition)}
     if missing := [frame_id for frame_id in wanted if frame_id not in found]:
         raise DeermlError("NO_FRAME", f"There is no frame {missing[0]}.", next_step="`deerml verify` tells whether the store is whole.")
     return [found[frame_id] for frame_id in wanted]
@@ -336,13 +352,12 @@ class StoredDetection:
 def detections(store: Store, bundle: str, frame_ids: Iterable[int] | None = None) -> dict[int, list[StoredDetection]]:
     "What a bundle found, by frame, best first; frames it looked at in vain have an empty list"
     looked, found = schema.inference.c, schema.detection.c
-    wanted = None if frame_ids is None else set(frame_ids)
     query = sa.select(looked.frame_id, found.id, found.label, found.score, found.x, found.y, found.width, found.height).select_from(
         schema.inference.outerjoin(schema.detection, found.inference_id == looked.id)).where(looked.bundle == bundle).order_by(looked.frame_id, found.score.desc())
     result: dict[int, list[StoredDetection]] = {}
     with store.read() as connection:
-        for frame_id, detection_id, label, score, *box in connection.execute(query):
-            if wanted is None or frame_id in wanted:
+        for condition in among(looked.frame_id, frame_ids):
+            for frame_id, detection_id, label, score, *box in connection.execute(query.where(condition)):
                 entries = result.setdefault(frame_id, [])
                 if detection_id is not None:
                     entries.append(StoredDetection(detection_id, frame_id, bundle, label, score, Box(*box)))

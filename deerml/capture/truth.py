@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BoxWord', 'FrameWord', 'State', 'COMPLETE', 'AGREEMENT_IOU', 'Saying', 'BoxVerdict', 'TruthBox', 'FrameStatement',
-           'Undo', 'all_correct', 'all_wrong', 'record', 'record_with', 'ClassTruth', 'active', 'fold', 'CompleteTruth',
-           'Truth', 'truths', 'complete_truths']
+           'Undo', 'all_correct', 'all_wrong', 'record', 'record_with', 'ClassTruth', 'active', 'fold', 'said_by',
+           'CompleteTruth', 'Truth', 'events_on', 'truths', 'complete_truths']
 
 # %% ../../nbs/20_capture/03_truth.ipynb #ccd71e7b
 import json
@@ -17,7 +17,7 @@ from uuid import uuid4
 import sqlalchemy as sa
 
 from . import schema
-from .store import Store, StoredDetection, ignore_known
+from .store import Store, StoredDetection, among, ignore_known
 from ..core.box import Box, iou_matrix, match_greedy
 from ..core.clock import now, stamp
 from ..core.errors import DeermlError
@@ -217,6 +217,16 @@ def _folded(opinions: Mapping[str, _Opinion]) -> ClassTruth:
     boxes = tuple(box for _, box in newest.surviving.values())
     return ClassTruth("boxes_complete" if boxes else "verified_empty", boxes)
 
+# %% ../../nbs/20_capture/03_truth.ipynb #31e52012
+def said_by(
+    events: Sequence[sa.Row],  # of one frame, in the order they were recorded
+    reviewer: str,
+    label: str,
+) -> tuple[str | None, dict[str, tuple[BoxWord, Box | None]]]:  # their word for the frame; (word, place) by box key
+    "What one reviewer holds of one class of one frame"
+    opinion = _opinions(active(events), label).get(reviewer, _Opinion())
+    return opinion.word, {key: (word, box) for key, (_, word, box) in opinion.boxes.items()}
+
 # %% ../../nbs/20_capture/03_truth.ipynb #9adf2d48
 def _latest_boxes(opinions: Iterable[_Opinion]) -> tuple[Box, ...]:
     return tuple(box for opinion in opinions for _, box in opinion.surviving.values())
@@ -285,6 +295,19 @@ class Truth:
         boxes = tuple(TruthBox(label, box) for label in classes for box in self.of[label].boxes)
         return CompleteTruth(self.frame_id, tuple(classes), boxes, _PROOF)
 
+# %% ../../nbs/20_capture/03_truth.ipynb #2b40af6c
+def events_on(
+    connection: sa.Connection,
+    frame_ids: Sequence[int] | None = None,  # default: every frame that somebody said something of
+) -> dict[int, list[sa.Row]]:
+    "Review events by frame, in the order they were recorded; an empty list for a frame without any"
+    events: dict[int, list[sa.Row]] = {frame_id: [] for frame_id in frame_ids or ()}
+    table = schema.review_event.c
+    for condition in among(table.frame_id, frame_ids):
+        for event in connection.execute(sa.select(schema.review_event).where(condition).order_by(table.id)):
+            events.setdefault(event.frame_id, []).append(event)
+    return events
+
 # %% ../../nbs/20_capture/03_truth.ipynb #1a76ad4d
 def truths(
     store: Store,
@@ -292,23 +315,10 @@ def truths(
     frame_ids: Iterable[int] | None = None,  # default: every frame that somebody said something of
 ) -> dict[int, Truth]:
     "Truth by frame id. Frames without any event are unreviewed and not listed, unless asked for."
-    wanted = None if frame_ids is None else set(frame_ids)
-    events: dict[int, list[sa.Row]] = {frame_id: [] for frame_id in wanted or ()}
-    for event in _events(store, wanted):
-        events.setdefault(event.frame_id, []).append(event)
-    return {frame_id: Truth(frame_id, {label: fold(found, label) for label in classes}) for frame_id, found in events.items()}
-
-# %% ../../nbs/20_capture/03_truth.ipynb #29553e6b
-AT_ONCE = 500  # frame ids in one statement: SQLite bounds its parameters
-
-
-def _events(store: Store, wanted: set[int] | None) -> list[sa.Row]:
-    "Review events in the order they were recorded"
-    table = schema.review_event
-    query, few = sa.select(table).order_by(table.c.id), wanted is not None and len(wanted) <= AT_ONCE
+    wanted = None if frame_ids is None else list(frame_ids)
     with store.read() as connection:
-        found = connection.execute(query.where(table.c.frame_id.in_(wanted)) if few else query)
-        return [event for event in found if wanted is None or event.frame_id in wanted]
+        events = events_on(connection, wanted)
+    return {frame_id: Truth(frame_id, {label: fold(found, label) for label in classes}) for frame_id, found in events.items()}
 
 # %% ../../nbs/20_capture/03_truth.ipynb #4d5eadbc
 def complete_truths(store: Store, classes: Sequence[str]) -> dict[int, CompleteTruth]:
