@@ -171,8 +171,9 @@ def _waiting_frames(store: Store) -> list[Frame]:
     with store.read() as connection:
         events = connection.execute(sa.select(schema.review_event).order_by(schema.review_event.c.id)).all()
     unsure = {event.frame_id for event in active(events) if event.verdict == "unsure"}
-    waits = lambda frame: frame.id not in known or known[frame.id].state(classes) in ("unreviewed", "in_progress")
-    return [frame for frame in frames(store, schema.frame.c.taken_at.is_not(None)) if not frame.expired and frame.id not in unsure and waits(frame)]
+    finished = {frame_id for frame_id, truth in known.items() if truth.state(classes) not in ("unreviewed", "in_progress")}
+    every = frames(store, schema.frame.c.taken_at.is_not(None), schema.image.c.expired_at.is_(None))
+    return [frame for frame in every if frame.id not in unsure | finished]
 
 # %% ../../nbs/40_data/05_packs.ipynb #48454d52
 @dataclass(frozen=True)

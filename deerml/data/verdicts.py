@@ -422,12 +422,15 @@ def find_review(
     shared: str = "",  # the folder with review packs, where there is no home
     work: str = "review",  # where homes of packs are made, on this computer's own disk
 ) -> ReviewPlace:
-    "A place to review in. Raises `NO_HOME`, `NO_REMOTE`, `NO_PACK`, `BAD_PACK`."
+    "A place to review in. Raises `NO_HOME`, `NO_PLACE`, `NO_PACK`, `BAD_PACK`."
     try:
         store = Store.open(Home.open(Path(home)) if home else Home.find())
     except DeermlError as error:
         if error.code != "NO_HOME" or home or not shared:
             raise
+        if not Path(shared).expanduser().is_dir():
+            raise DeermlError("NO_PLACE", "There is nothing to review here.", why=f"No deerml home was found, and the shared folder {shared} is not there.",
+                              next_step="On the computer with the cameras, name the home; elsewhere, open the shared folder or mount the drive.") from error
         remote = FolderRemote(Path(shared))
         return ReviewPlace(open_newest_review(remote, Path(work)), remote)
     return ReviewPlace(store, FolderRemote(Path(shared)) if pack_of(store) else None)
