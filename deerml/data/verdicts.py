@@ -310,7 +310,7 @@ def _merge(connection: sa.Connection, name: str, data: bytes) -> tuple[str, int,
         elif any(known._mapping[column] != value for column, value in row.items()):
             raise _refuse("OTHER_EVENT", f"Its operation {event.operation_id[:60]} is known here as something else.")
     note = json.dumps({"file": name, "reviewer": header.reviewer, "pack": header.pack, "events": len(events), "at": stamp(now())})
-    connection.execute(schema.meta.insert().values(key=f"merged:{sha256_bytes(data)}", value=note))
+    connection.execute(ignore_known(connection, schema.meta).values(key=f"merged:{sha256_bytes(data)}", value=note))  # another merge may have been faster
     return header.reviewer, added, len(events) - added
 
 # %% ../../nbs/40_data/06_verdicts.ipynb #20c61c0b
