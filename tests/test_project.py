@@ -205,6 +205,18 @@ def test_links_that_name_another_owner(project):
     assert not checks.stale_links(project) and "github.com/deerml/deerml" in path.read_text()
 
 
+def test_a_stale_copy_of_the_review_notebook(project):
+    write_notebook(project / "colab/review.ipynb", COLAB)
+    copy = project / "deerml/review/static/review.ipynb"
+    assert len(checks.stale_copies(project)) == 1
+    nb.write_copies(project)
+    assert not checks.stale_copies(project) and copy.read_bytes() == (project / "colab/review.ipynb").read_bytes()
+    add_cell(project / "colab/review.ipynb", "1")
+    assert len(checks.stale_copies(project)) == 1
+    (project / "colab/review.ipynb").unlink()
+    assert len(checks.stale_copies(project)) == 1
+
+
 def test_links_of_the_readme_start_at_the_root(project):
     text = (project / "README.md").read_text()
     assert "[first](nbs/00_core/00_first.ipynb), [on Colab](colab/train.ipynb)" in text

@@ -19,7 +19,7 @@ from execnb.nbio import nb2str, read_nb
 from IPython.core.inputtransformer2 import TransformerManager
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from nb import ROOT, clean, directives, notebooks, readme_text, with_owner  # noqa: E402
+from nb import COPIES, ROOT, clean, directives, notebooks, readme_text, with_owner  # noqa: E402
 
 PACKAGE = "deerml"
 EXPORTS = ("default_exp", "export", "exporti", "exports")
@@ -184,7 +184,14 @@ def stale_links(root: Path) -> list[str]:
     return found
 
 
-CHECKS = (stale_modules, unclean_notebooks, stale_readme, stale_links, backward_imports, untidy_outputs, misplaced_notebooks)
+def stale_copies(root: Path) -> list[str]:
+    "Notebooks in the package that differ from the one in colab/ that they are copies of"
+    sources = {source: (root / source).read_bytes() if (root / source).is_file() else None for source in COPIES}
+    copies = {source: (root / copy).read_bytes() if (root / copy).is_file() else None for source, copy in COPIES.items()}
+    return [f"{COPIES[source]}: is not {source}; run `python tools/nb.py readme`" for source in COPIES if sources[source] != copies[source]]
+
+
+CHECKS = (stale_modules, unclean_notebooks, stale_readme, stale_links, stale_copies, backward_imports, untidy_outputs, misplaced_notebooks)
 
 
 def main() -> None:

@@ -5,7 +5,8 @@
     python tools/nb.py save .nbtext/00_core/01_box.py    # -> the notebook; ids kept, outputs kept where unchanged
     nbdev_export                                         # -> deerml/core/box.py
     python tools/nb.py run nbs/00_core/01_box.ipynb      # fresh outputs, then cleaned
-    python tools/nb.py readme                            # nbs/index.ipynb -> README.md; owner's name into colab/
+    python tools/nb.py readme                            # nbs/index.ipynb -> README.md; owner's name into colab/;
+                                                         # colab/review.ipynb -> the package, for `deerml review --lab`
     python tools/nb.py order                             # every notebook in reading order
 
 `text` and `save` also take colab/*.ipynb. `text` without a file writes all notebooks.
@@ -212,6 +213,17 @@ def with_owner(notebook, root: Path = ROOT):
     return notebook
 
 
+# An installed deerml has no colab/, and yet opens the review notebook: the package holds a copy.
+COPIES = {"colab/review.ipynb": "deerml/review/static/review.ipynb"}
+
+
+def write_copies(root: Path = ROOT) -> None:
+    for source, copy in COPIES.items():
+        if (root / source).is_file():
+            (root / copy).parent.mkdir(parents=True, exist_ok=True)
+            (root / copy).write_bytes((root / source).read_bytes())
+
+
 def main(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         raise SystemExit(__doc__)
@@ -230,6 +242,7 @@ def main(arguments: list[str]) -> None:
         (ROOT / "README.md").write_text(readme_text(ROOT), encoding="utf-8")
         for path in sorted((ROOT / "colab").glob("*.ipynb")):
             write_nb(with_owner(read_nb(path)), path)
+        write_copies(ROOT)
     elif command == "order":
         print("\n".join(str(path.relative_to(ROOT)) for path in notebooks(ROOT)))
     else:

@@ -148,24 +148,25 @@ class ClassTruth:
 
 # %% ../../nbs/20_capture/03_truth.ipynb #c431bd3f
 def active(events: Sequence[sa.Row]) -> list[sa.Row]:
-    "The events that were not undone, in order. An undo can be undone."
+    "The events that were not undone, in the order in which they were said. An undo can be undone."
     undone: set[int] = set()
-    for event in reversed(events):
+    for event in sorted(events, key=lambda event: event.id, reverse=True):  # an undo is stored after what it names
         if event.kind == "undo" and event.id not in undone:
             undone.add(event.undoes)
-    return [event for event in events if event.kind != "undo" and event.id not in undone]
+    said = [event for event in events if event.kind != "undo" and event.id not in undone]
+    return sorted(said, key=lambda event: (event.made_at, event.id))
 
 # %% ../../nbs/20_capture/03_truth.ipynb #c238a48d
 @dataclass
 class _Opinion:
     "What one reviewer has said of one class of one frame"
 
-    boxes: dict[str, tuple[int, BoxWord, Box | None]] = field(default_factory=dict)  # box key -> (event id, word, place)
+    boxes: dict[str, tuple[int, BoxWord, Box | None]] = field(default_factory=dict)  # box key -> (how late it was said, word, place)
     word: str | None = None
 
     @property
     def surviving(self) -> dict[str, tuple[int, Box]]:
-        return {key: (event, box) for key, (event, word, box) in self.boxes.items() if word != "false_positive" and box is not None}
+        return {key: (turn, box) for key, (turn, word, box) in self.boxes.items() if word != "false_positive" and box is not None}
 
     @property
     def complete(self) -> bool:
@@ -174,22 +175,22 @@ class _Opinion:
 # %% ../../nbs/20_capture/03_truth.ipynb #2a543840
 def _opinions(events: Sequence[sa.Row], label: str) -> dict[str, _Opinion]:
     opinions: dict[str, _Opinion] = {}
-    for event in events:
+    for turn, event in enumerate(events):
         if event.kind == "box" and event.label == label:
             place = Box(event.x, event.y, event.width, event.height) if event.x is not None else None
-            opinions.setdefault(event.reviewer, _Opinion()).boxes[event.box_key] = (event.id, event.verdict, place)
+            opinions.setdefault(event.reviewer, _Opinion()).boxes[event.box_key] = (turn, event.verdict, place)
         elif event.kind == "frame" and label in json.loads(event.classes):
             if event.verdict == "settled":
-                opinions = {event.reviewer: _settled(event, label)}
+                opinions = {event.reviewer: _settled(event, turn, label)}
             else:
                 opinions.setdefault(event.reviewer, _Opinion()).word = event.verdict
     return opinions
 
 # %% ../../nbs/20_capture/03_truth.ipynb #4bb10c51
-def _settled(event: sa.Row, label: str) -> _Opinion:
+def _settled(event: sa.Row, turn: int, label: str) -> _Opinion:
     "The owner's word replaces everything before it"
     places = [Box(*place) for name, *place in json.loads(event.boxes or "[]") if name == label]
-    boxes = {f"settled:{event.id}:{number}": (event.id, "correct", place) for number, place in enumerate(places)}
+    boxes = {f"settled:{event.id}:{number}": (turn, "correct", place) for number, place in enumerate(places)}
     return _Opinion(boxes, "all_boxed" if places else "nothing_here")
 
 # %% ../../nbs/20_capture/03_truth.ipynb #d887b05b
@@ -213,7 +214,7 @@ def _folded(opinions: Mapping[str, _Opinion]) -> ClassTruth:
     others = [opinion for opinion in opinions.values() if not opinion.complete]
     if not all(_agree(finished[0], other) for other in finished[1:]) or any(_contradicts(other, one) for other in others for one in finished):
         return ClassTruth("disputed")
-    newest = max(finished, key=lambda opinion: max((event for event, _ in opinion.surviving.values()), default=0))
+    newest = max(finished, key=lambda opinion: max((turn for turn, _ in opinion.surviving.values()), default=0))
     boxes = tuple(box for _, box in newest.surviving.values())
     return ClassTruth("boxes_complete" if boxes else "verified_empty", boxes)
 

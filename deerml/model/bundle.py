@@ -346,6 +346,7 @@ class Bundle:
         folder: Path,  # or a link to it
         expect_digest: str | None = None,  # default: the name of the folder
         expect_classes: list[str] | None = None,  # default: any
+        with_model: bool = True,  # False where nothing detects: rules and thresholds alone, `model.onnx` may be absent
     ) -> "Bundle":
         "Raises `DIGEST`, `BAD_BUNDLE`, `WRONG_CLASSES` or `WRONG_SHAPE`, in this order"
         folder = Path(folder).resolve()
@@ -355,7 +356,8 @@ class Bundle:
         bundle = cls(folder, digest, parse_serving(content))
         if expect_classes is not None and bundle.serving.classes != list(expect_classes):
             raise _wrong_classes("The bundle is for other classes.", bundle.serving.classes, list(expect_classes))
-        check_model(bundle.model(), bundle.serving)
+        if with_model:
+            check_model(bundle.model(), bundle.serving)
         return bundle
 
     def model(self) -> bytes:
