@@ -49,7 +49,7 @@ class Settings(BaseSettings):
     min_visits: int = Field(40, ge=1, description="Fewer visits than this are never enough evidence for a promotion.")
     floor_recall: float = Field(0.5, ge=0, le=1, description="The first model of a home must find this share of visits (lower bound).")
     weekly_windows: int = Field(84, ge=1, description="Windows of ten minutes that a person is asked to judge in a week.")
-    shown_from: float = Field(0.25, gt=0, lt=1, description="A person is shown boxes from this score on, and alarms in any case.")
+    shown_from: float = Field(0.25, gt=0, le=1, description="Boxes are shown to a reviewer from this score on.")
     max_upload_mb: int = Field(32, ge=1, le=1024, description="The largest image in MB that the server takes.")
     keep_bundles: int = Field(5, ge=2, description="Deployed models that stay on the disk for a way back.")
     keep_backups: Annotated[list[int], NoDecode] = Field([7, 4, 12], min_length=3, max_length=3, description="Daily, weekly and monthly backups that are kept.")
