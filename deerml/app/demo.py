@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ZONE', 'FIRST_NIGHT', 'FIRST_NIGHTS', 'LATER_NIGHTS', 'FIRST_CAMERAS', 'HOURS', 'SUMMER_VISITS', 'AUTUMN_VISITS',
-           'SHOWN_FROM', 'STRICT_IOU', 'SETTINGS', 'WARM', 'STEPS', 'nights', 'after', 'watch', 'review', 'Outcome',
-           'run_demo']
+           'SHOWN_FROM', 'STRICT_IOU', 'SETTINGS', 'WARM', 'STEPS', 'WINDOWS_TO_REVIEW', 'nights', 'after', 'watch',
+           'review', 'Outcome', 'run_demo', 'one_more_night']
 
 # %% ../../nbs/90_app/08_demo.ipynb #da7b5155
 import multiprocessing
@@ -82,14 +82,17 @@ def _simulation(seed: int, cameras: Sequence[str]) -> Iterator[dict[str, list[Fu
             pool.shutdown(wait=False, cancel_futures=True)
 
 # %% ../../nbs/90_app/08_demo.ipynb #52060b61
+def _new_frame(one: SimFrame) -> NewFrame:
+    return NewFrame(one.jpeg, "sim", f"{one.camera}/{one.taken_at.isoformat()}", camera=one.camera, taken_at=one.taken_at, trigger=one.trigger)
+
+# %% ../../nbs/90_app/08_demo.ipynb #3c67b711
 Truths = dict[int, tuple]  # frame id -> what the simulation knows to be there
 
 
 def _take_in(store: Store, truth: Truths, of_night: Sequence[Future]) -> list[int]:
     "Store one night of all cameras"
     seen = [frame for future in of_night for frame in future.result()]
-    new = [NewFrame(one.jpeg, "sim", f"{one.camera}/{one.taken_at.isoformat()}", camera=one.camera, taken_at=one.taken_at, trigger=one.trigger) for one in seen]
-    ids = add_frames(store, new)
+    ids = add_frames(store, [_new_frame(one) for one in seen])
     truth.update(zip(ids, (one.boxes for one in seen)))
     return ids
 
@@ -217,3 +220,22 @@ def _finish(store: Store, judged: Judged, seed: int, started: float, on_progress
     return Outcome(
         home.path, seed, summary_of(judged, "champion"), summary_of(judged, "challenger"), judged.verdict.verdict,
         tuple(judged.verdict.reasons), acting.digest if acting else None, report, time.monotonic() - started)
+
+# %% ../../nbs/90_app/08_demo.ipynb #e9d46158
+WINDOWS_TO_REVIEW = 12  # about five minutes
+
+
+def one_more_night(
+    home: Home,  # in which the demo ran
+    seed: int,  # of the demo
+) -> str:  # the night
+    "Simulate the night after the newest one, let the acting model watch it, and draw its windows"
+    with Store.open(home) as store:
+        newest = max(frame.night for frame in frames(store, schema.frame.c.taken_at.is_not(None)))
+        night, bundle = (date.fromisoformat(newest) + timedelta(days=1)).isoformat(), champion(home)
+        seen = [frame for camera in Yard(seed, zone=ZONE).cameras for frame in simulate(seed, camera.id, night)]
+        ids = add_frames(store, [_new_frame(one) for one in seen])
+        if bundle:
+            watch(store, Detector(bundle), bundle, ids, seen)
+        close_night(store, night, bundle.digest if bundle else None, budget=WINDOWS_TO_REVIEW)
+    return night

@@ -54,6 +54,7 @@ class Settings(BaseSettings):
     retention_days: int = Field(21, ge=21, description="No picture is deleted before it was stored for this many days, and no reviewed one ever.")
     images_gb: float = Field(0, ge=0, description="Disk space in GB that pictures may take; 0 for no bound. The oldest unreviewed empty ones go first.")
     review_remote: str = Field("", description="A folder that review packs with photographs may go to, for example on a mounted drive, so that you can review away from here. Empty: no photograph leaves.")
+    max_upload_mb: int = Field(32, ge=1, le=1024, description="The largest image in MB that the server takes.")
     keep_bundles: int = Field(5, ge=2, description="Deployed models that stay on the disk for a way back.")
     keep_backups: Annotated[list[int], NoDecode] = Field([7, 4, 12], min_length=3, max_length=3, description="Daily, weekly and monthly backups that are kept.")
     reserve_mb: int = Field(512, ge=0, description="Disk space in MB that deerml never uses.")
