@@ -22,8 +22,8 @@ const SURVIVES = (box) => box.word !== "false_positive";
 const ACTIONS = {
   correct: { key: "C", label: "Correct", icon: "check", help: "Every box is right and nothing is missing" },
   wrong: { key: "F", label: "Wrong", icon: "cross", help: "Every box is wrong; then: nothing here?" },
-  nothing: { key: "N", label: "Nothing here", icon: "empty", help: "No animal on any frame" },
-  missed: { key: "M", label: "Draw missed", icon: "draw", help: "Draw an animal that has no box" },
+  nothing: { key: "N", label: "Nothing", icon: "empty", help: "No animal on any frame" },
+  missed: { key: "M", label: "Missed", icon: "draw", help: "Draw an animal that has no box" },
   boxed: { key: "B", label: "All boxed", icon: "boxed", help: "With the boxes as they are now, nothing is missing" },
   skip: { key: "S", label: "Skip", icon: "skip", help: "Not sure: leave it to somebody else" },
   undo: { key: "Z", label: "Undo", icon: "undo", help: "Take the last verdict back" },
@@ -41,10 +41,10 @@ const BAR = ["correct", "wrong", "nothing", "missed", "boxed", "skip", "undo"];
 const TOOLS = ["zoomOut", "fit", "zoomIn", "boxes", "scores", "play"];
 const MORE_HELP = [
   ["← →", "The frames of the strip"],
-  ["Shift + C F N B S", "This frame alone"],
-  ["Tab, Shift + Tab", "Select a box"],
-  ["Shift + C, Shift + F", "The selected box alone is right, is wrong"],
-  ["Arrows, Alt + arrows", "Move, resize the selected box; Shift for larger steps"],
+  ["Shift + key", "The verdict counts for this frame alone"],
+  ["Tab", "Select the next box; Shift + Tab the one before"],
+  ["Shift + C, F", "The selected box alone is right, is wrong"],
+  ["Arrows, Alt + ←", "Move, resize the selected box; Shift for larger steps"],
   ["Delete", "Remove a drawn box; mark a found one wrong"],
   ["Enter", "While drawing: a box in the middle, for the arrows"],
   ["1 – 9", "The class of the box; in the grid: the exception"],
@@ -354,6 +354,7 @@ class Stage {
       if (length <= room) return (room - length) / 2;
       return clamp(room / 2 - this.center[axis] * length, room - length, 0);
     });
+    this.starts = starts;
     this.center = starts.map((start, axis) => (this.size[axis] / 2 - start) / lengths[axis]);
     Object.assign(this.sheet.style, {
       left: `${starts[0]}px`,
@@ -370,7 +371,7 @@ class Stage {
     if (!this.frame || this.frame.problem) return;
     const view = this.view.getBoundingClientRect();
     const at = event ? [event.clientX - view.left, event.clientY - view.top] : this.size.map((length) => length / 2);
-    const before = [this.sheet.offsetLeft, this.sheet.offsetTop];
+    const before = this.starts;
     const old = this.scale;
     this.zoom = clamp(zoom, 1, MOST_ZOOM);
     const lengths = [this.frame.width * this.scale, this.frame.height * this.scale];
@@ -440,11 +441,13 @@ class Stage {
       width: percent(width, frame.width),
       height: percent(height, frame.height),
     });
-    const inside = y * this.scale < 26;
-    const tag = h("span", { class: `tag ${inside ? "inside" : ""}` });
+    const name = review.nameOf(box);
+    const tag = h("span", { class: "tag" });
     if (box.word) tag.append(icon(box.word === "false_positive" ? "cross" : "check"));
-    tag.append(review.nameOf(box));
-    if (x > frame.width * 0.75) tag.classList.add("leftward");
+    tag.append(name);
+    tag.classList.toggle("inside", y * this.scale < 26);
+    const room = this.size[0] - this.starts[0] - x * this.scale;
+    tag.classList.toggle("leftward", room < 30 + 7 * name.length);
     place.append(tag);
     if (box === review.selected) place.append(...HANDLES.map((name) => h("i", { class: name, "data-handle": name })));
     return [place];
@@ -476,7 +479,7 @@ class Stage {
     if (this.pointers.size === 2) return this.startPinch();
     const { selected, drawing } = this.review;
     const point = this.pixel(event);
-    const base = { event, point, from: [this.sheet.offsetLeft, this.sheet.offsetTop], moved: false };
+    const base = { event, point, from: this.starts, moved: false };
     const handle = event.target.dataset?.handle;
     if (selected && (handle || this.at(point) === selected)) {
       this.gesture = { ...base, kind: "box", box: selected, handle, old: [...selected.box] };
@@ -771,7 +774,7 @@ class Review {
     const action = { ...ACTIONS[name], ...change };
     return h(
       "button",
-      { type: "button", class: `${kind} ${name}`, "data-action": name, "aria-keyshortcuts": action.key, title: action.help ?? action.label },
+      { type: "button", class: `${kind} do-${name}`, "data-action": name, "aria-keyshortcuts": action.key, title: action.help ?? action.label },
       icon(action.icon),
       h("span", { class: "label" }, action.label),
       action.key ? h("kbd", { "aria-hidden": "true" }, action.key) : null,
@@ -1105,7 +1108,7 @@ class Review {
     if (on && this.item?.frames?.length > 1) {
       this.playing = setInterval(() => this.go((this.index + 1) % this.item.frames.length), FLIP_MS);
     }
-    this.tools.querySelector(".play").setAttribute("aria-pressed", String(Boolean(this.playing)));
+    this.tools.querySelector(".do-play").setAttribute("aria-pressed", String(Boolean(this.playing)));
   }
 
   // -- seen before judged
@@ -1532,14 +1535,14 @@ class Review {
     if (!hidden) this.shown?.large.clear(); // they count as seen when they have been painted again
     this.refresh();
     this.watch();
-    this.tools.querySelector(".boxes").setAttribute("aria-pressed", String(hidden));
+    this.tools.querySelector(".do-boxes").setAttribute("aria-pressed", String(hidden));
     this.announce(hidden ? "Boxes hidden" : "Boxes shown");
   }
 
   hideScores(hidden) {
     this.scoresHidden = hidden;
     attempt(() => localStorage.setItem("deerml-review-scores", hidden ? "hidden" : "shown"));
-    this.tools.querySelector(".scores").setAttribute("aria-pressed", String(hidden));
+    this.tools.querySelector(".do-scores").setAttribute("aria-pressed", String(hidden));
     this.renderAll();
     this.announce(hidden ? "Scores hidden" : "Scores shown");
   }
@@ -1724,8 +1727,9 @@ class Review {
     const small = (name, key, label, mark) => this.button(name, "small", { key, label, icon: mark, help: label });
     const classes = this.classes.length > 1 ? [h("span", { class: "hint" }, `1–${Math.min(9, this.classes.length)}: ${box?.label ?? this.label}`)] : [];
     const done = small("close", "Esc", "Done", "check");
+    const judging = [small("boxRight", "Shift+C", "Right", "check"), small("boxWrong", "Shift+F", "Wrong", "cross")];
     const parts = box
-      ? [h("strong", {}, this.nameOf(box)), small("boxRight", "Shift+C", "Right", "check"), small("boxWrong", "Shift+F", "Wrong", "cross"), small("remove", "Delete", "Remove", "bin")]
+      ? [h("strong", {}, this.nameOf(box)), ...(box.kind === "drawn" ? [small("remove", "Delete", "Remove", "bin")] : judging)]
       : [h("strong", {}, `Draw around the missed ${this.label || "animal"}`), small("place", "Enter", "Place a box", "draw")];
     this.context.replaceChildren(...parts, ...classes, done);
   }
@@ -1747,7 +1751,7 @@ class Review {
   }
 
   barPressed() {
-    this.bar.querySelector(".missed")?.setAttribute("aria-pressed", String(this.drawing));
+    this.bar.querySelector(".do-missed")?.setAttribute("aria-pressed", String(this.drawing));
   }
 
   questionBar() {
