@@ -6,7 +6,7 @@
 // the screen before the verdict is stored, and nothing is judged that was not on the screen.
 
 const DWELL_MS = 100; // a picture counts as seen when it has been on the screen for this long
-const ITEMS_AHEAD = 2;
+const ITEMS_AHEAD = 3;
 const FRAMES_AHEAD = 8;
 const ITEMS_BEHIND = 10; // how far undo goes without loading
 const BYTES_KEPT = 32 * 2 ** 20;
@@ -16,6 +16,7 @@ const ADJUST_MS = 500; // a nudged box is sent when the arrows have rested for t
 const SMALLEST_BOX = 3; // screen pixels; less is a slip of the hand
 const MOST_ZOOM = 16;
 const FLIP_MS = 250;
+const STAYS_MS = 400; // from here on somebody looks at an item closely
 const SURVIVES = (box) => box.word !== "false_positive";
 
 // Every action is here once: the buttons, the keys and the help are made from this table.
@@ -151,7 +152,9 @@ class Pictures {
     return this.held.get(key);
   }
 
-  async add(key, message, buffer) {
+  // The large picture of an item is decoded `whole` before it counts as ready; of the others only the thumbnail is, and
+  // the rest when somebody stays: decoding ten frames for one verdict would cost more than showing it.
+  async add(key, message, buffer, whole) {
     const blob = new Blob([buffer], { type: message.media_type });
     const url = URL.createObjectURL(blob);
     const image = new Image();
@@ -159,7 +162,7 @@ class Pictures {
     Object.assign(image, { decoding: "sync", alt: "", draggable: false, src: url });
     const before = this.held.get(key);
     try {
-      await image.decode();
+      if (whole || key.startsWith("crop:")) await image.decode();
       const thumb = before?.thumb ?? (key.startsWith("frame:") ? await thumbnail(blob) : null);
       if (before?.full && !message.full) return URL.revokeObjectURL(url);
       this.drop(key);
@@ -610,6 +613,7 @@ class CropPage {
     this.view.addEventListener("click", (event) => {
       const tile = event.target.closest(".crop");
       if (!tile) return;
+      review.root.focus({ preventScroll: true }); // the tile is about to be made anew
       this.at = [...this.view.children].indexOf(tile);
       this.toggle();
     });
@@ -805,6 +809,7 @@ class Review {
   close() {
     this.flush();
     clearInterval(this.timer);
+    clearTimeout(this.staying);
     clearInterval(this.playing);
     this.model.off("msg:custom", this.onMessage);
     this.schemes.removeEventListener("change", this.onTheme);
@@ -898,6 +903,7 @@ class Review {
       const known = this.items.find((other) => other.id === item.id);
       if (!known) this.items.push(item);
       this.learn(item);
+      for (const part of parts(item)) this.pictures.mayAsk(keyOf(part)); // they are on their way
     }
     if (!this.item) this.advance();
     this.ask();
@@ -912,7 +918,8 @@ class Review {
 
   addImage(message, buffer) {
     const key = message.crop === undefined || message.crop === null ? frameKey(message.frame_id) : cropKey(message.crop);
-    this.pictures.add(key, message, buffer);
+    const whole = message.full || this.items.some((item) => keyOf(parts(item)[item.key_frame ?? 0]) === key);
+    this.pictures.add(key, message, buffer, whole);
   }
 
   // Another view of the same widget hears the answers to this one's operations as well: it learns from them.
@@ -999,7 +1006,7 @@ class Review {
     this.renderSaving();
   }
 
-  // More items, while fewer than two, or fewer than eight frames, are ready ahead
+  // More items, while fewer than three, or fewer than eight frames, are ready ahead
   ask(force = false) {
     if (this.generation === null || this.asking || (this.ended && !force)) return;
     const ahead = this.items.filter((item) => !item.done && item !== this.item);
@@ -1081,6 +1088,8 @@ class Review {
     this.askForMissing();
     this.ask();
     this.trim();
+    clearTimeout(this.staying);
+    this.staying = setTimeout(() => this.decodeStrip(), STAYS_MS);
   }
 
   // What belongs to one item ends with it.
@@ -1130,6 +1139,14 @@ class Review {
       if (large && !shown.large.has(keyOf(large))) shown.large.set(keyOf(large), time);
     };
     afterPaint(painted, certain);
+  }
+
+  // For whoever stays on a strip: its other frames, decoded one after the other, so that a step shows at once
+  async decodeStrip({ item } = this.shown ?? {}) {
+    for (const frame of item?.frames ?? []) {
+      if (this.item !== item) return;
+      await this.pictures.get(frameKey(frame.id))?.image?.decode().catch(() => null); // dropped meanwhile
+    }
   }
 
   notYet(wanted) {
@@ -1492,6 +1509,8 @@ class Review {
     if (action) this.act(action, { shift: event.shiftKey, alt: event.altKey, time: event.timeStamp });
     else if (frame) this.go(Number(frame));
     else this.choose(mode ?? (this.mode === "grid" && what !== "queue" ? "strip" : this.mode), what && { what });
+    // A button that is gone has taken the focus with it.
+    if (!this.root.contains(document.activeElement)) this.root.focus({ preventScroll: true });
   }
 
   change(event) {
@@ -1812,7 +1831,7 @@ class Review {
 // -- items and what was said of them ------------------------------------------------------------------------------
 
 const parts = (item) => item.frames ?? item.crops;
-const keyOf = (part) => (part.crop_of || part.box_key ? cropKey(part.box_key) : frameKey(part.id));
+const keyOf = (part) => (part.box_key ? cropKey(part.box_key) : frameKey(part.id));
 const snapshot = (item) => structuredClone(parts(item));
 const spoken = ({ box_key, detection_id, word, label, box }) => ({ box_key, detection_id, word, label, box: rounded(box) });
 
