@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from yards import START, picture
 
 from deerml.capture import schema
 from deerml.capture.store import NewFrame, Store, add_camera, add_frames, frames, record_inference
@@ -36,6 +35,7 @@ from deerml.review.queue import (
     split_by_place,
     tonight,
 )
+from yards import START, picture
 
 BUNDLE = "b" * 64
 NIGHT = "2026-09-01"
@@ -137,7 +137,7 @@ def test_an_unsure_window_does_not_stop_the_prefix(store):
     assert len(ids) == 6 and tonight(store, NOON).drawn == 1
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [0, 1, 2, 5])  # yards with visits of several windows
 def test_following_ends_and_finds_every_touched_visit_whole(tmp_path, seed):
     rng = np.random.default_rng(seed)
     with Store.open(Home.create(tmp_path / "yard")) as store:
@@ -157,7 +157,7 @@ def test_following_ends_and_finds_every_touched_visit_whole(tmp_path, seed):
         assert {frame.role for frame in evidence.frames} <= {"drawn", "followed"}
         weights = dict(zip((visit.id for visit in evidence.visits), sample_of(evidence).visit_weight))
         chances = window_probabilities(store)
-        assert any(len(visit.windows) > 1 for visit in evidence.visits) or not chances
+        assert any(len(visit.windows) > 1 for visit in evidence.visits)
         for visit in evidence.visits:
             wanted = sum(1 / (chances["gate", window] * len(visit.windows)) for window in visit.windows if ("gate", window) in chances)
             assert weights[visit.id] == pytest.approx(wanted)

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from yards import START, picture
 
 from deerml.capture import retention, schema
 from deerml.capture.backup import verify
@@ -15,6 +14,7 @@ from deerml.core.box import Box
 from deerml.core.clock import now
 from deerml.core.settings import Home
 from deerml.model.detector import Detection
+from yards import START, picture
 
 MONTH = now() + timedelta(days=30)
 

@@ -96,8 +96,8 @@ def _waiting(store: Store, members: Mapping[tuple[str, str], Sequence[int]]) -> 
     "The windows of these frames that nobody has answered"
     classes = store.home.settings.classes
     known = truths(store, classes, [frame_id for ids in members.values() for frame_id in ids])
-    is_open = lambda truth: truth.state(classes) in ("unreviewed", "in_progress") and not truth.unsure(classes)
-    return {window for window, ids in members.items() if any(is_open(known[frame_id]) for frame_id in ids)}
+    unanswered = {frame_id for frame_id, truth in known.items() if truth.state(classes) in ("unreviewed", "in_progress") and not truth.unsure(classes)}
+    return {window for window, ids in members.items() if unanswered.intersection(ids)}
 
 # %% ../../nbs/20_capture/06_retention.ipynb #dedcc743
 def _seen(store: Store) -> dict[int, str]:
@@ -199,15 +199,14 @@ def _mark(store: Store, decided: Mapping[str, float], marks: Marks, expired_at: 
 # %% ../../nbs/20_capture/06_retention.ipynb #78162052
 def _delete_files(store: Store) -> int:
     "Delete the files of all expired images that still have one; returns how many"
-    image, deleted = schema.image.c, 0
-    path = lambda row: image_path(store.home.images, row.sha256, row.media_type)
+    image, images, deleted = schema.image.c, store.home.images, 0
+    query = sa.select(image.sha256, image.media_type).where(image.expired_at.is_not(None))
     with store.read() as connection:
-        expired = [row for row in connection.execute(sa.select(image.sha256, image.media_type).where(image.expired_at.is_not(None))) if path(row).exists()]
-    for start in range(0, len(expired), GROUP):
-        group = [row.sha256 for row in expired[start:start + GROUP]]
+        there = [sha256 for sha256, media_type in connection.execute(query) if image_path(images, sha256, media_type).exists()]
+    for start in range(0, len(there), GROUP):
         with store.write() as connection:
-            for row in connection.execute(sa.select(image.sha256, image.media_type).where(image.sha256.in_(group), image.expired_at.is_not(None)).with_for_update()).all():
-                path(row).unlink(missing_ok=True)
+            for sha256, media_type in connection.execute(query.where(image.sha256.in_(there[start:start + GROUP])).with_for_update()).all():
+                image_path(images, sha256, media_type).unlink(missing_ok=True)
                 deleted += 1
     return deleted
 

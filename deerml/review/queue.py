@@ -10,7 +10,7 @@ __all__ = ['SHARES', 'Window', 'BALANCED_LABELS', 'AT_ONCE', 'SECONDS_A_WINDOW',
 
 # %% ../../nbs/30_review/00_queue.ipynb #14f91578
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from math import ceil
@@ -55,13 +55,12 @@ def alarmed(stratum: str) -> bool:
 BALANCED_LABELS = 100  # frames with complete truth; below that, spreading labels beats choosing them
 
 # %% ../../nbs/30_review/00_queue.ipynb #6cbb4f0f
-def _splits(balanced: bool) -> Iterator:
-    "From the finest to the coarsest: what is appended to the name of a stratum"
-    silent = lambda stratum: kind_of(stratum) == "nothing"
+def _splits(balanced: bool) -> Iterator[Callable[[str, str, str], str]]:
+    "From the finest to the coarsest: the name of a stratum, split by camera and light"
     if balanced:
         yield lambda stratum, camera, light: f"{stratum}/{camera}/{light}"
-        yield lambda stratum, camera, light: f"{stratum}/{camera}/{light}" if silent(stratum) else stratum
-    yield lambda stratum, camera, light: f"{stratum}/{camera}" if silent(stratum) else stratum
+        yield lambda stratum, camera, light: f"{stratum}/{camera}/{light}" if stratum == "nothing" else stratum
+    yield lambda stratum, camera, light: f"{stratum}/{camera}" if stratum == "nothing" else stratum
     yield lambda stratum, camera, light: stratum
 
 # %% ../../nbs/30_review/00_queue.ipynb #995f63c1
@@ -137,9 +136,9 @@ def allocate(
     drawn = {name: min(sizes[name], max(1, round(budget * shares[name]))) for name in sizes}
     while sum(drawn.values()) > budget and any(drawn.values()):
         drawn[max(drawn, key=lambda name: (min(drawn[name], 2), drawn[name] - budget * shares[name], name))] -= 1
-    first = lambda name: (kind_of(name) == "nothing", -drawn[name] if balanced else sizes[name] - drawn[name], name)
     while sum(drawn.values()) < min(budget, sum(sizes.values())):
-        drawn[max((name for name in sizes if drawn[name] < sizes[name]), key=first)] += 1
+        room = [name for name in sizes if drawn[name] < sizes[name]]
+        drawn[max(room, key=lambda name: (kind_of(name) == "nothing", -drawn[name] if balanced else sizes[name] - drawn[name], name))] += 1
     return drawn
 
 # %% ../../nbs/30_review/00_queue.ipynb #80c6701e
