@@ -105,7 +105,7 @@ def _windows_with(view: View, touched: Sequence[Frame]) -> list[str]:
             false.add((frame.camera, frame.window))
         if any(key.startswith("drawn:") for key, _ in mine.surviving):
             missed.add((frame.camera, frame.window))
-    return [f"{count(len(false), 'window')} with a false alarm", f"{count(len(missed), 'window')} with a missed animal"]
+    return [f"{count(len(windows), 'window')} with a {what}" for windows, what in ((false, "false alarm"), (missed, "missed animal")) if windows]
 
 # %% ../../nbs/30_review/04_desk.ipynb #a7fe54d7
 def why_empty(view: View, mode: str, what: str) -> str:
@@ -160,7 +160,7 @@ class Agenda:
         if not self.left:
             return f"Nothing to review: {self.because()}"
         names = [item_name(item) for item in self.left]
-        windows = sum(name.part[0] == name.part[1] for name in names)  # the last part of a window ends it
+        windows = max(1, sum(name.part[0] == name.part[1] for name in names))  # the last part of a window ends it
         what = count(windows, "window") if self.mode == "strip" else count(len(names), NOUN[self.mode])
         tonight = "Tonight: " if self._of_tonight else ""
         return f"{tonight}{what}, about {count(self.session.minutes_left(len(names), self.mode), 'minute')}, because {_reason(self.view, self.mode, self.choice)}."
@@ -309,7 +309,7 @@ class Desk:
         if start >= len(agenda.plan.items) and not agenda.left:
             agenda.extend()
         names = agenda.plan.items[start:start + number]
-        items = [build_item(self.view, item_name(name)) for name in names]
+        items = [build_item(self.view, item_name(name)) | {"done": name in agenda.done} for name in names]
         yield {"type": "items", "generation": agenda.generation, "items": items}, []
         for item in items:
             yield from self.gallery.of_item(item, have)

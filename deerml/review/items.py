@@ -387,7 +387,8 @@ def plan_review(
         events = events_on(connection, list(by_id))
     mine, answered = ({frame_id for frame_id, of_frame in events.items() if said(view, of_frame) or not can_be_seen(view, by_id[frame_id])} for said in (_judged_by_me, _answered))
     asked = [name for name in names if what != "queue" or not answered.issuperset(name.ids)]
-    done = frozenset(str(name) for name in asked if mine.issuperset(name.ids))
+    again = what in ("disputed", "skipped")  # the reviewer has spoken already, and is asked nevertheless
+    done = frozenset(str(name) for name in asked if not again and mine.issuperset(name.ids))
     return Plan(tuple(map(str, asked)), done, len(names) - len(asked), len(groups))
 
 # %% ../../nbs/30_review/02_items.ipynb #10ade028

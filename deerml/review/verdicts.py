@@ -363,9 +363,11 @@ def obstacle(error: sa.exc.OperationalError) -> DeermlError:
 
 # %% ../../nbs/30_review/03_verdicts.ipynb #c839d7b6
 def is_read_only(store: Store) -> bool:
-    "Would every verdict be refused? Asked by beginning to write."
+    "Would every verdict be refused? Asked by writing something that is taken back."
     try:
-        with store.write():
+        with store.write() as connection, connection.begin_nested() as probe:
+            connection.execute(schema.meta.insert().values(key="probe", value=""))
+            probe.rollback()
             return False
     except sa.exc.OperationalError as error:
         return obstacle(error).code == "READ_ONLY"
