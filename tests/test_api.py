@@ -191,10 +191,14 @@ def test_an_image_above_the_limit(client):
 # -- reviews --------------------------------------------------------------------------------------------------------
 
 
-def test_a_review_confirms_what_it_changed(client):
+def test_what_is_complete_is_complete_for_all_classes(client):
+    "A frame on which all is boxed, and all of that is deer, has no fox"
     seen = post(client).json()
     answer = review(client, seen["id"], verdict="correct", revision=0).json()
-    assert answer["frame"]["state"] == "in_progress", "a home with two classes: the sighting spoke of both"
+    assert answer["frame"]["state"] == "boxes_complete" and answer["training_set"]["with_animal"] == 1
+    fox = [{"box": {"x": 100, "y": 10, "width": 30, "height": 30}, "label": "fox"}]
+    assert review(client, seen["id"], verdict="missed", boxes=fox, all_boxed=True).json()["frame"]["state"] == "boxes_complete"
+    assert [len(one["boxes"]) for one in client.get("/api/frames/1").json()["truth"]] == [1, 1]
 
 
 @pytest.fixture

@@ -626,10 +626,10 @@ class Target:
     own: Mapping[str, sa.Row]  # the reviewer's latest word on each box of the frame, by box key
     classes: Sequence[str]
 
-    def survivors(self, more: Iterable[BoxVerdict]) -> set[str]:
-        "Keys of the boxes that the reviewer would let stand after these words"
-        words = {key: event.verdict for key, event in self.own.items()} | {_key(verdict): verdict.word for verdict in more}
-        return {key for key, word in words.items() if word != "false_positive"}
+    def survivors(self, more: Iterable[BoxVerdict]) -> dict[str, str]:
+        "The boxes that the reviewer would let stand after these words: label by box key"
+        words = {key: (event.verdict, event.label) for key, event in self.own.items()} | {_key(verdict): (verdict.word, verdict.label) for verdict in more}
+        return {key: label for key, (word, label) in words.items() if word != "false_positive"}
 
 # %% ../../nbs/90_app/02_api.ipynb #cac751f3
 def _key(verdict: BoxVerdict) -> str:
@@ -668,11 +668,18 @@ def sayings_of(
         verdicts += _withdrawn(target, verdicts)
     if not verdicts and (statement is None or said.word == "correct"):
         raise DeermlError("NOTHING_SHOWN", "There is no box to judge on this frame.", why="No detection of it is shown to people.", next_step="Say `false_positive` with `nothing_here`, or draw what was missed.")
-    stands = bool(target.survivors(verdicts))
+    stands = target.survivors(verdicts)
     if (statement == "all_boxed" and not stands) or (statement == "nothing_here" and stands):
         raise DeermlError("NOT_COMPLETE_STATEMENT", "The boxes and the statement disagree.", why="No box is left." if not stands else "A box is left.", next_step="Say `false_positive` with `nothing_here`, or draw what is there.")
-    words = [*verdicts, *([FrameStatement(target.frame.id, statement, tuple(target.classes))] if statement else [])]
+    words = [*verdicts, *_statements(target, statement, set(stands.values()))]
     return [replace(one, operation_id=f"op:{operation_id}:{target.frame.id}:{number}") for number, one in enumerate(words)]
+
+# %% ../../nbs/90_app/02_api.ipynb #3f1a5e24
+def _statements(target: Target, word: FrameWord | None, there: set[str]) -> list[FrameStatement]:
+    "The statement for all classes: what has no box although all is boxed is not here"
+    words = {"all_boxed": [label for label in target.classes if label in there], "nothing_here": [label for label in target.classes if label not in there]}
+    by_word = words if word == "all_boxed" else {word: list(target.classes)} if word else {}
+    return [FrameStatement(target.frame.id, said, tuple(classes)) for said, classes in by_word.items() if classes]
 
 # %% ../../nbs/90_app/02_api.ipynb #6e9de4fc
 def _on_detections(target: Target, said: Review) -> list[BoxVerdict]:
@@ -730,7 +737,7 @@ def _drawn_label(target: Target, said: Review, one: BoxSaid) -> str:
 
 def _withdrawn(target: Target, verdicts: Sequence[BoxVerdict]) -> list[BoxVerdict]:
     "Who says that nothing is here takes back the boxes of the same hand"
-    left = target.survivors(verdicts) - {_key(verdict) for verdict in verdicts}
+    left = target.survivors(verdicts).keys() - {_key(verdict) for verdict in verdicts}
     return [BoxVerdict(target.frame.id, "false_positive", event.label, Box(event.x, event.y, event.width, event.height) if event.x is not None else None, event.detection_id, box_key=key)
             for key, event in target.own.items() if key in left]
 

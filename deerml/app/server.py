@@ -133,16 +133,17 @@ class Door:
     def entry(self, connection: HTTPConnection) -> Response | None:
         "The way in for a browser: the token leaves the address, and a cookie stays"
         given = connection.query_params.get("token")
-        if not self.token or given is None or connection.scope["type"] != "http" or connection.url.path not in ("/", "/review") or not _same(given, self.token):
+        if not self.token or given is None or connection.scope["type"] != "http" or connection.scope["path"] not in ("/", "/review") or not _same(given, self.token):
             return None
         rest = urlencode([(key, value) for key, value in connection.query_params.multi_items() if key != "token"])
-        response = RedirectResponse(connection.url.path + (f"?{rest}" if rest else ""), 303, {"Cache-Control": "no-store"})
-        response.set_cookie(self.cookie_name, self.cookie, max_age=365 * 86400, path="/", httponly=True, samesite="strict", secure=connection.url.scheme == "https")
+        response = RedirectResponse(connection.scope["path"] + (f"?{rest}" if rest else ""), 303, {"Cache-Control": "no-store"})
+        response.set_cookie(self.cookie_name, self.cookie, max_age=365 * 86400, path="/", httponly=True, samesite="strict", secure=connection.scope["scheme"] == "https")
         return response
 
     def with_token(self, connection: HTTPConnection) -> tuple[int, DeermlError] | None:
         kind, _, bearer = connection.headers.get("authorization", "").partition(" ")
-        if connection.url.path in OPEN_PATHS or (kind.lower() == "bearer" and _same(bearer.strip(), self.token or "")):
+        path = connection.scope["path"]  # what is routed; `connection.url` is made from the Host header, which anybody may write
+        if path in OPEN_PATHS or (kind.lower() == "bearer" and _same(bearer.strip(), self.token or "")):
             return None
         if kind or not _same(connection.cookies.get(self.cookie_name, ""), self.cookie):
             return _refusal(401, "NO_TOKEN", "This server needs its token.", next_step="Open the address that `deerml review` printed, or send the token as `Authorization: Bearer`.")
