@@ -284,7 +284,8 @@ def _why_not(path: Path) -> str:
 
 # %% ../../nbs/25_sources/01_folder.ipynb #6ac7afeb
 def _pass_over(source: FolderSource, reason: str) -> None:
-    source.notes[reason] = source.notes.get(reason, 0) + 1
+    note = f"passed over: {reason}"
+    source.notes[note] = source.notes.get(note, 0) + 1
 
 # %% ../../nbs/25_sources/01_folder.ipynb #d5ca03d6
 def _text(path: Path) -> str:
