@@ -12,6 +12,7 @@ __all__ = ['IMAGES', 'VIDEOS', 'EVERY_SECONDS', 'MAX_BYTES', 'MAX_VIDEO_FRAMES',
 import os
 import re
 import struct
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -92,8 +93,8 @@ def read_name(
     stem = PurePosixPath(path).stem
     for one in BUILT_IN:
         if (match := one.search(stem)) and (found := _of_match(match, zone)).taken_at:
-            words = re.split(r"[^a-z]+", (found.camera or "").lower())
-            return found if set(words) - NO_CAMERA - {""} else Witness(None, found.taken_at)
+            words = {re.sub(r"\d{3,}$|^\d+$", "", word) for word in re.split(r"[\W_]+", (found.camera or "").lower())}  # without counters
+            return found if words - NO_CAMERA - {""} else Witness(None, found.taken_at)
     return Witness()
 
 # %% ../../nbs/25_sources/01_folder.ipynb #b6a27abb
@@ -126,7 +127,7 @@ def read_exif(
 ) -> tuple[Witness, dict[str, str]]:
     "What EXIF says, and the texts it says it with. Broken EXIF says nothing."
     try:
-        with Image.open(BytesIO(data), formats=FORMATS) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(BytesIO(data), formats=FORMATS) as image:
             exif = image.getexif()
             inner = exif.get_ifd(EXIF_IFD)
     except (OSError, ValueError, SyntaxError, KeyError, TypeError, struct.error, Image.DecompressionBombError):
@@ -284,7 +285,8 @@ def _why_not(path: Path) -> str:
 
 # %% ../../nbs/25_sources/01_folder.ipynb #6ac7afeb
 def _pass_over(source: FolderSource, reason: str) -> None:
-    source.notes[reason] = source.notes.get(reason, 0) + 1
+    note = f"passed over: {reason}"
+    source.notes[note] = source.notes.get(note, 0) + 1
 
 # %% ../../nbs/25_sources/01_folder.ipynb #d5ca03d6
 def _text(path: Path) -> str:

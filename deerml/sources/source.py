@@ -246,7 +246,7 @@ def _count_told(report: Report, told: Told, label: str) -> None:
     report.empty += "nothing_here" in words
     report.begun += bool(words) and not words & {"all_boxed", "nothing_here"}
     report.unreviewed += not words
-    for problem in told.problems:
+    for problem in dict.fromkeys(told.problems):
         report.note(problem, label)
 
 # %% ../../nbs/25_sources/00_source.ipynb #a39bef44
