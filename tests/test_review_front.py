@@ -5,6 +5,7 @@ import subprocess
 import tarfile
 
 import pytest
+
 from browser import ROOT, launched, served
 
 STATIC = ROOT / "deerml/review/static"
