@@ -5,6 +5,7 @@ import subprocess
 import tarfile
 
 import pytest
+
 from browser import ROOT, launched, served
 
 STATIC = ROOT / "deerml/review/static"
@@ -106,6 +107,7 @@ def test_wrong_asks_whether_nothing_is_here(opened):
     assert page.locator(".view.drawing").is_visible()
 
 
+@pytest.mark.slow
 def test_other_verdicts(opened):
     page = opened(items=6, frames=2)
     press(page, "n", "b", "s", "U")
@@ -114,6 +116,7 @@ def test_other_verdicts(opened):
     assert sent(page)[2]["frames"][0]["boxes"] == []
 
 
+@pytest.mark.slow
 def test_shift_says_it_for_one_frame(opened):
     page = opened(frames=3)
     press(page, "Shift+C", "Shift+N", "Shift+S")
@@ -121,6 +124,7 @@ def test_shift_says_it_for_one_frame(opened):
     assert "21:11" in title(page), "with the last frame the window is judged"
 
 
+@pytest.mark.slow
 def test_nothing_to_confirm_is_refused(opened):
     page = opened(boxes=0)
     press(page, "c", "b")
@@ -129,6 +133,7 @@ def test_nothing_to_confirm_is_refused(opened):
     assert statements(sent(page)[0]) == ["nothing_here"] * 3
 
 
+@pytest.mark.slow
 def test_hidden_boxes_are_not_confirmed(opened):
     page = opened()
     press(page, "h", "c")
@@ -172,6 +177,7 @@ def test_keys_belong_to_the_widget_alone(opened):
     assert page.locator(".deerml-review").get_attribute("data-lm-suppress-shortcuts") == "true"
 
 
+@pytest.mark.slow
 def test_keyboard_alone_walks_through_and_out(opened):
     page = opened(frames=1, boxes=2)
     within = "document.querySelector('.deerml-review').contains(document.activeElement)"
@@ -209,6 +215,7 @@ def test_thirty_presses_in_a_row_judge_no_more_than_was_seen(opened):
     assert set(page.evaluate("refused")) <= {"Not yet: the image has just appeared", "Not yet: the image is still loading"}
 
 
+@pytest.mark.slow
 def test_a_broken_and_a_lost_image_can_be_skipped(opened):
     page = opened(items=2, frames=1, broken=[0], problem={"100": "gone"})
     assert page.get_by_text("cannot be read").is_visible() and sent(page, "broken")[0]["frame_id"] == 0
@@ -224,6 +231,7 @@ def test_a_broken_and_a_lost_image_can_be_skipped(opened):
 # -- nothing lost, nothing twice ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_undo_shows_ten_items_again_without_loading(opened):
     page = opened(items=12, frames=1)
     press(page, *"c" * 10)
@@ -261,6 +269,7 @@ def test_a_reload_delivers_what_was_not_acknowledged(opened):
     assert not page.evaluate("Object.keys(localStorage).some((key) => key.endsWith('" + operation + "'))")
 
 
+@pytest.mark.slow
 def test_a_busy_database_is_waited_for(opened):
     page = opened()
     page.evaluate("desk.fail = () => { desk.fail = null; return { code: 'BUSY', message: 'locked', retry: true, item: null } }; 0")
@@ -284,6 +293,7 @@ def test_a_second_operation_names_the_revision_of_the_first(opened):
     assert [message["frames"][0]["revision"] for message in sent(page)] == [0, 1]
 
 
+@pytest.mark.slow
 def test_items_of_an_older_generation_are_dropped(opened):
     page = opened(frames=1)
     page.get_by_label("What to review").select_option("disputed")
@@ -294,6 +304,7 @@ def test_items_of_an_older_generation_are_dropped(opened):
     assert "old" not in [message["item_id"] for message in sent(page)] and len(sent(page)) == 4
 
 
+@pytest.mark.slow
 def test_two_views_of_one_widget_do_not_judge_twice(opened):
     page = opened(frames=1)
     page.evaluate("""async () => { const second = document.body.appendChild(document.createElement('div'));
@@ -305,6 +316,7 @@ def test_two_views_of_one_widget_do_not_judge_twice(opened):
     assert len(sent(page)) == 1 and ["21:11" in text for text in page.locator("h2").all_inner_texts()] == [True, True]
 
 
+@pytest.mark.slow
 def test_the_view_cleans_up(opened):
     page = opened()
     page.evaluate("closeReview()")
@@ -316,8 +328,11 @@ def test_the_view_cleans_up(opened):
 SHAPES = {"wide": (1280, 720, 1), "large": (4000, 2250, 0.4), "tall": (720, 1600, 1), "small": (320, 240, 1)}
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("zoom", [1, 2.5, 4])
+FAST = [("wide", 1), ("large", 2.5), ("tall", 4)]
+DRAWINGS = [pytest.param(shape, zoom, marks=[] if (shape, zoom) in FAST else pytest.mark.slow) for shape in SHAPES for zoom in (1, 2.5, 4)]
+
+
+@pytest.mark.parametrize(("shape", "zoom"), DRAWINGS)
 def test_a_drawn_box_arrives_where_it_was_drawn(opened, shape, zoom):
     width, height, shown = SHAPES[shape]
     page = opened(frames=1, boxes=0, width=width, height=height, shown=shown, context={"device_scale_factor": 2 if zoom == 4 else 1})
@@ -341,6 +356,7 @@ def test_a_drawn_box_arrives_where_it_was_drawn(opened, shape, zoom):
     assert (line["x"], line["y"]) == pytest.approx(start, abs=2.5)
 
 
+@pytest.mark.slow
 def test_original_pixels_come_with_the_zoom(opened):
     page = opened(frames=1, width=4000, height=2250, shown=0.4)
     assert not sent(page, "image")
@@ -408,7 +424,10 @@ def test_a_page_of_crops_is_confirmed_with_its_exceptions(opened):
 # -- how it looks -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("size", "scheme"), [((800, 600), "light"), ((800, 600), "dark"), ((390, 844), "light"), ((1920, 1080), "dark"), ((3840, 2160), "light")])
+SCREENS = [((800, 600), "dark"), ((390, 844), "light"), *(pytest.param(*one, marks=pytest.mark.slow) for one in [((800, 600), "light"), ((1920, 1080), "dark"), ((3840, 2160), "light")])]
+
+
+@pytest.mark.parametrize(("size", "scheme"), SCREENS)
 def test_every_verdict_is_in_view(opened, size, scheme):
     page = opened(size=size, frames=12, context={"color_scheme": scheme})
     for name in ["correct", "wrong", "nothing", "missed", "boxed", "skip", "undo"]:

@@ -634,16 +634,19 @@ class CropPage {
       false_positive: ["cross", "wrong"],
       unsure: ["skip", "left out"],
     }[crop.word];
-    const name = `${index + 1}: ${crop.label}, ${word}`;
-    const attributes = { class: `crop ${crop.word} ${index === this.at ? "current" : ""}`, "aria-label": name, tabindex: "-1" };
     const body = crop.problem ? h("span", { class: "gone" }, icon("alert"), "No image") : (held?.image ?? "");
     const score = this.review.scoresHidden ? "" : crop.score.toFixed(2);
     return h(
       "button",
-      { ...attributes, type: "button", "aria-pressed": String(crop.word !== "correct") },
+      {
+        type: "button",
+        class: `crop ${crop.word} ${index === this.at ? "current" : ""}`,
+        tabindex: "-1",
+        "aria-pressed": String(crop.word !== "correct"),
+      },
+      h("span", { class: "number" }, String(index + 1)),
       body,
       h("span", { class: "state" }, icon(mark), word),
-      h("span", { class: "number" }, String(index + 1)),
       h("span", { class: "score" }, score),
     );
   }
@@ -667,7 +670,7 @@ class CropPage {
     this.at = index;
     crop.word = word && crop.word !== word ? word : crop.word === "correct" ? "false_positive" : "correct";
     this.show(this.item);
-    this.review.announce(`${index + 1} ${{ correct: "right", false_positive: "wrong", unsure: "left out" }[crop.word]}`);
+    this.review.announce(`${index + 1} ${WORDS[crop.word] ?? "left out"}`);
     this.review.renderBar();
   }
 
@@ -682,7 +685,8 @@ class CropPage {
     const way = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -this.columns, ArrowDown: this.columns }[key];
     this.at = clamp(this.at + way, 0, this.item.crops.length - 1);
     this.show(this.item);
-    this.review.announce(this.view.children[this.at].getAttribute("aria-label"));
+    const { label, word } = this.item.crops[this.at];
+    this.review.announce(`${this.at + 1}: ${label}, ${WORDS[word] ?? "left out"}`);
   }
 }
 
@@ -868,7 +872,7 @@ class Review {
       reject: () => this.rejected(message),
       progress: () => this.renderProgress(message),
       end: () => this.end(message),
-      error: () => this.say(message.message, { keep: true }),
+      error: () => this.trouble(message),
       connection: () => this.connection(message.state),
     };
     handlers[message.type]?.();
@@ -991,6 +995,15 @@ class Review {
     if (!this.item) this.advance();
   }
 
+  // About one picture: its card says so. About anything else: a person should read it.
+  trouble({ message, frame_id: id, crop, full, retry }) {
+    const key = crop ? cropKey(crop) : frameKey(id);
+    const part = this.items.flatMap(parts).find((other) => keyOf(other) === key);
+    if (part && !full) part.problem = "broken";
+    if (part && !full) this.pictureReady(key);
+    else this.say(message, { keep: !retry });
+  }
+
   connection(state) {
     this.online = state === "open";
     this.renderSaving();
@@ -1001,6 +1014,7 @@ class Review {
     const now = performance.now();
     if (this.asking && now - this.asking > RESEND_MS) this.asking = 0;
     if (this.online) this.outbox.resend(RESEND_MS);
+    if (this.online && this.generation === null && !this.asking) this.start(); // nobody has answered
     this.askForMissing();
     this.ask();
     this.renderSaving();
@@ -1527,6 +1541,7 @@ class Review {
     this.choice = choice ? { night: null, camera: this.choice?.camera ?? null, ...choice } : this.choice;
     this.dropped = this.generation;
     this.forget(null);
+    this.asking = performance.now();
     this.send({ type: "choose", mode: this.mode, choice: this.choice });
     this.root.focus({ preventScroll: true });
   }
