@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TOKEN_FILE', 'TOKEN_VARIABLE', 'SHORTEST_TOKEN', 'OPEN_PATHS', 'SAFE_METHODS', 'HEADERS', 'MakeDesk',
            'MAX_MESSAGE_BYTES', 'MAX_SOCKETS', 'log', 'KINDS', 'SHUTDOWN_SECONDS', 'token_of', 'is_loopback', 'Door',
-           'without_token', 'refuse', 'text_page', 'DeskLike', 'acting_desk', 'send_message', 'converse',
-           'static_files', 'make_app', 'user_name', 'check_reviewer', 'listen', 'serve', 'addresses', 'own_address']
+           'without_token', 'refuse', 'text_page', 'DeskLike', 'send_message', 'converse', 'static_files', 'make_app',
+           'user_name', 'check_reviewer', 'listen', 'serve', 'addresses', 'own_address']
 
 # %% ../../nbs/90_app/03_server.ipynb #e90075b9
 import errno
@@ -39,11 +39,11 @@ from starlette.websockets import WebSocketState
 
 from .. import __version__
 from .api import Name, answer_for, api_router, error_answer
-from .conductor import champion
 from ..capture.store import Store
 from ..core.durable import write_file
 from ..core.errors import DeermlError
 from ..core.settings import Home
+from ..review.desk import open_desk
 
 # %% ../../nbs/90_app/03_server.ipynb #efd59d2d
 TOKEN_FILE, TOKEN_VARIABLE = "token", "DEERML_TOKEN"  # noqa: S105
@@ -206,12 +206,6 @@ MAX_MESSAGE_BYTES = 1_000_000
 MAX_SOCKETS = 16
 log = logging.getLogger("deerml.app")
 
-
-def acting_desk(store: Store, reviewer: str) -> DeskLike:
-    "A desk that shows what the acting model saw"
-    from deerml.review.desk import Desk
-    return Desk(store, reviewer, champion(store.home))
-
 # %% ../../nbs/90_app/03_server.ipynb #6f4ca8c2
 def _parsed(message: Message) -> dict[str, Any]:
     "The message of a text frame. Raises `BAD_MESSAGE`."
@@ -272,7 +266,7 @@ def make_app(
     host: str = "127.0.0.1",  # where it will listen
     token: str | None = None,
     reviewer: str = "",  # whose verdicts these are; default: the name of the user who started it
-    make_desk: MakeDesk = acting_desk,
+    make_desk: MakeDesk = open_desk,
     max_sockets: int = MAX_SOCKETS,
 ) -> FastAPI:
     "The server of a home. Raises `TOKEN_NEEDED` for an address that others reach, without a token."

@@ -22,7 +22,7 @@ from ..capture.truth import Truth, complete_truths, truths
 from ..core.errors import DeermlError
 from ..core.settings import Home
 from .coverage import Coverage, coverage
-from ..model.bundle import Bundle
+from ..model.bundle import champion
 from ..model.detector import decode
 
 # %% ../../nbs/40_data/07_overview.ipynb #dd98366a
@@ -94,10 +94,9 @@ def _draw_shares(axis: Any, counts: Coverage) -> None:
 # %% ../../nbs/40_data/07_overview.ipynb #c9b49f7b
 def describe_champion(home: Home) -> str:
     "The acting bundle and the scores from which it fires, in a sentence or two. The model itself need not be there."
-    link = home.models / "current"
-    if not link.exists():
+    bundle = champion(home, with_model=False)
+    if bundle is None:
         return "No model acts yet: nothing is detected."
-    bundle = Bundle.load(link, with_model=False)
     shared = ", ".join(f"{label} from a score of {score:.2f}" for label, score in sorted(bundle.serving.thresholds.shared.items()))
     own = "".join(f" At {camera}: {', '.join(f'{label} from {score:.2f}' for label, score in sorted(scores.items()))}." for camera, scores in sorted(bundle.serving.thresholds.cameras.items()))
     return f"The champion is {bundle.digest[:12]}. It fires for {shared}.{own}"

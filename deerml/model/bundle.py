@@ -6,7 +6,7 @@
 __all__ = ['MODEL_FILE', 'SERVING_FILE', 'MAX_MODEL_BYTES', 'MAX_SERVING_BYTES', 'STANDARD_DOMAINS', 'ENDLESS_OPERATORS', 'Share',
            'Scores', 'SPOT', 'Input', 'Output', 'Clahe', 'Preprocessing', 'ServingDraft', 'Thresholds', 'Serving',
            'spot_model', 'spot_draft', 'parse_model', 'check_model', 'parse_serving', 'Bundle', 'store_bundle', 'seal',
-           'Candidate']
+           'champion', 'Candidate']
 
 # %% ../../nbs/10_model/00_bundle.ipynb #eace92a2
 import os
@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ..core.durable import canonical_json, fsync_folder, sha256_bytes, write_file
 from ..core.errors import DeermlError
+from ..core.settings import Home
 
 # %% ../../nbs/10_model/00_bundle.ipynb #46a236dc
 MODEL_FILE = "model.onnx"
@@ -431,6 +432,15 @@ def seal(
         raise _bad_bundle("The candidate cannot be sealed.", why, "Calibrate it again.") from error
     check_model(model, serving)
     return store_bundle(model, serving.to_bytes(), bundles_dir)
+
+# %% ../../nbs/10_model/00_bundle.ipynb #2bfd1477
+def champion(
+    home: Home,
+    with_model: bool = True,  # False where its description is enough: a review needs thresholds, not the model
+) -> Bundle | None:
+    "The bundle that acts; none before the first deployment"
+    link = home.models / "current"
+    return Bundle.load(link.resolve(), with_model=with_model) if link.exists() else None
 
 # %% ../../nbs/10_model/00_bundle.ipynb #f933265a
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ASSUMED_SECONDS', 'LONGEST_LOOK', 'Reply', 'LOG', 'AHEAD', 'Session', 'summary_of', 'count', 'why_empty', 'Agenda',
-           'Gallery', 'Desk']
+           'Gallery', 'Desk', 'open_desk']
 
 # %% ../../nbs/30_review/04_desk.ipynb #28724c46
 import logging
@@ -24,10 +24,10 @@ from ..capture.truth import COMPLETE, events_on, truths
 from ..capture.visits import visits_of
 from ..core.clock import now
 from ..core.errors import DeermlError
-from ..model.bundle import Bundle
+from ..model.bundle import Bundle, champion
 from .items import (
     ItemName, Picture, Pictures, Plan, Standing, View, build_item, can_be_seen, crop_of, detections_by_id, item_name, picture_of, plan_review, standing, state_of)
-from .queue import drawn_windows
+from .queue import Window, close_due, follow
 from .verdicts import (
     MESSAGES, Broken, Choice, Choose, Impatient, Need, Ready, UndoVerdict, Verdict, WantedImage, frames_of, is_read_only, obstacle, operation_of, record_undo, record_verdict, refuse)
 
@@ -111,13 +111,12 @@ def _windows_with(view: View, touched: Sequence[Frame]) -> list[str]:
 def why_empty(view: View, mode: str, what: str) -> str:
     "The reason for an empty review"
     with view.store.read() as connection:
-        any_frame, any_draw = (connection.scalar(sa.select(table.c.id).limit(1)) is not None for table in (schema.frame, schema.draw))
+        any_frame = connection.scalar(sa.select(schema.frame.c.id).limit(1)) is not None
     if not any_frame:
         return "There are no frames."
     if mode == "grid":
         return "Every box of the model was judged." if view.bundle else "There is no model yet, so there are no boxes to judge."
-    reasons = {"disputed": "No reviewers differ.", "skipped": "You have skipped nothing.", "night": "No camera has frames of that night."}
-    return reasons.get(what) or ("Nothing was drawn." if any_draw else "No night has ended yet.")
+    return {"disputed": "No reviewers differ.", "skipped": "You have skipped nothing.", "night": "No camera has frames of that night."}[what]
 
 # %% ../../nbs/30_review/04_desk.ipynb #3edd5198
 class Agenda:
@@ -157,17 +156,21 @@ class Agenda:
 
     def words(self) -> str:
         "What is asked, how long it takes, and why"
+        if self._of_tonight and self.plan.words and (self.mode == "strip" or not self.left):
+            return self.plan.words
         if not self.left:
             return f"Nothing to review: {self.because()}"
         names = [item_name(item) for item in self.left]
         windows = max(1, sum(name.part[0] == name.part[1] for name in names))  # the last part of a window ends it
         what = count(windows, "window") if self.mode == "strip" else count(len(names), NOUN[self.mode])
         tonight = "Tonight: " if self._of_tonight else ""
-        return f"{tonight}{what}, about {count(self.session.minutes_left(len(names), self.mode), 'minute')}, because {_reason(self.view, self.mode, self.choice)}."
+        return f"{tonight}{what}, about {count(self.session.minutes_left(len(names), self.mode), 'minute')}, because {_reason(self.mode, self.choice)}."
 
     def because(self) -> str:
         "Why nothing comes after the last item"
         total = self.plan.before + len(self.plan.items)
+        if total == 0 and self._of_tonight:
+            return self.plan.words
         if total == 0:
             return why_empty(self.view, self.mode, self.choice.what)
         what = count(self.plan.windows, "window") if self.mode == "strip" else count(total, NOUN[self.mode])
@@ -184,15 +187,12 @@ class Agenda:
 NOUN = {"strip": "window", "single": "frame", "grid": "page"}
 
 # %% ../../nbs/30_review/04_desk.ipynb #4ce3ff13
-def _reason(view: View, mode: str, choice: Choice) -> str:
+def _reason(mode: str, choice: Choice) -> str:
     "Why these items are asked for, in half a sentence"
     if mode == "grid":
         return "nobody has judged these boxes yet"
-    if choice.what != "queue":
-        return {"disputed": "reviewers differ on them", "skipped": "you were unsure of them", "night": "you chose to look through that night"}[choice.what]
-    drawn = drawn_windows(view.store)
-    total = sum(size for _, _, size in {(window.night, window.stratum, window.stratum_windows) for window in drawn})
-    return f"{count(len(drawn), 'window')} of {total:,}, drawn at random, tell how good the model is"
+    reasons = {"queue": "their windows were drawn at random", "disputed": "reviewers differ on them", "skipped": "you were unsure of them", "night": "you chose to look through that night"}
+    return reasons[choice.what]
 
 # %% ../../nbs/30_review/04_desk.ipynb #ad63f3d3
 Reply = tuple[dict, list[bytes]]  # a message, and the image bytes beside it
@@ -261,6 +261,7 @@ class Desk:
         self.session = Session()
         self.agenda, self.gallery = Agenda(self.view, self.session), Gallery(self.view)
         self.client, self.own, self.waiting = None, set[str](), None
+        self.to_follow: set[Window] = set()  # windows whose neighbours may have to be pulled in
 
     def handle(self, message: object) -> Iterator[Reply]:
         "The answers to one message. One call at a time; consume all of it. A bad message is answered, never raised."
@@ -350,10 +351,22 @@ class Desk:
             yield self._result(message), []
 
     def _operation(self, message: Verdict | UndoVerdict) -> Iterator[Reply]:
-        before = bool(self.agenda.left)
-        yield self._result(message), []
+        before, result = bool(self.agenda.left), self._result(message)
+        yield result, []
+        if result["type"] == "ack":
+            self._follow(item_name(message.item_id))
         if before and not self.agenda.left:
             yield from self._onward(len(self.agenda.plan.items), AHEAD[self.agenda.mode])
+
+    def _follow(self, name: ItemName) -> None:
+        "A visit pulls in the windows beside it. Where the database is locked just now, the next verdict does it."
+        if name.kind != "grid":
+            self.to_follow |= {(frame.camera, frame.window) for frame in frames_by_id(self.view.store, name.ids)}
+        try:
+            follow(self.view.store, self.to_follow)
+            self.to_follow.clear()
+        except sa.exc.OperationalError as error:
+            LOG.info("neighbours are pulled in later: %s", obstacle(error).code)
 
     def _result(self, message: Verdict | UndoVerdict) -> dict:
         "What became of an operation: an acknowledgement or a refusal"
@@ -435,3 +448,18 @@ class Desk:
         if message.get("type") in ("verdict", "undo") and isinstance(op_id, str) and op_id.isascii() and len(op_id) <= 64:
             return self._rejected(op_id, item_id if isinstance(item_id, str) else "", trouble)
         return {"type": "error", "code": code, "message": str(trouble)}
+
+# %% ../../nbs/30_review/04_desk.ipynb #220da824
+def open_desk(
+    store: Store,
+    reviewer: str,  # whose verdicts these are
+    at: Callable[[], datetime] = now,  # the clock
+) -> Desk:
+    "A desk with all that there is to review now"
+    bundle = champion(store.home, with_model=False)
+    if not is_read_only(store):
+        try:
+            close_due(Impatient(store.home, store.engine), bundle.digest if bundle else None, at())
+        except sa.exc.OperationalError as error:
+            LOG.warning("the nights that are over could not be drawn: %s", obstacle(error))
+    return Desk(store, reviewer, bundle, at)
