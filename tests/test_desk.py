@@ -467,10 +467,10 @@ def test_a_new_model_does_not_double_an_animal(store):
 def test_reasons_for_an_empty_review(tmp_path):
     with make(tmp_path / "none", ()) as store:
         hello, items, end = ask(Desk(store, "ann", MODEL), type="ready", client="c")
-        assert hello["words"] == "Nothing to review: There are no frames." and items["items"] == [] and end["because"] == "There are no frames."
+        assert hello["words"] == end["because"] == "Nothing to review, because there are no frames." and items["items"] == []
     with make(tmp_path / "open", (1,), close=False) as store:
         desk = Desk(store, "ann")
-        assert ask(desk, type="ready", client="c")[-1]["because"] == "No night has ended yet."
+        assert ask(desk, type="ready", client="c")[-1]["because"].startswith("Nothing to review, because ")
         for mode, choice, reason in [("grid", {"what": "queue"}, "There is no model yet, so there are no boxes to judge."), ("strip", {"what": "disputed"}, "No reviewers differ."),
                                      ("strip", {"what": "skipped"}, "You have skipped nothing."), ("single", {"what": "night", "night": "2001-01-01"}, "No camera has frames of that night.")]:
             assert ask(desk, type="choose", mode=mode, choice=choice)[-1] == {"type": "end", "because": reason, "summary": "Nothing was judged."}
@@ -501,7 +501,7 @@ def test_the_end_and_what_changed(tmp_path):
         assert nothing["items"] == [] and end == {"type": "end", "because": "All 4 windows of tonight are judged.",
             "summary": "You judged 4 windows (4 frames) in 2 minutes: 2 visits, 1 window with a false alarm, 1 window with a missed animal; 4 frames more can be trained on."}
         hello, _, end = ask(Desk(store, "ben", MODEL), type="ready", client="c")
-        assert hello["words"] == "Nothing to review: All 4 windows of tonight are judged." and hello["progress"]["done"] == 4
+        assert hello["words"] == end["because"] == "Nothing to review, because everything that was drawn is judged."
         undone = ask(desk, type="undo", op_id="5", target_op="4", item_id=by_frame[4]["id"])[0]
         assert undone["progress"]["done"] == 3 and undone["progress"]["by"] == {"all_boxed": 2, "nothing_here": 1}
         assert [item["frames"][0]["id"] for item in ready(Desk(store, "ann", MODEL))] == [4]
