@@ -4,8 +4,9 @@ import json
 import os
 import shutil
 import tarfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from itertools import permutations
 from pathlib import Path
 
 import cv2
@@ -24,10 +25,20 @@ from deerml.core.clock import now, stamp
 from deerml.core.durable import canonical_json, sha256_bytes
 from deerml.core.errors import DeermlError
 from deerml.core.settings import Home
-from deerml.data.packs import NEWEST, left, make_review_pack, open_newest_review, open_review_pack, outgoing_copy, push_review_pack, read_review_pack, waiting_windows
+from deerml.data.packs import (
+    NEWEST,
+    left,
+    make_review_pack,
+    open_newest_review,
+    open_review_pack,
+    outgoing_copy,
+    push_review_pack,
+    read_review_pack,
+    waiting_windows,
+)
 from deerml.data.remote import FolderRemote
-from deerml.data.verdicts import export_verdicts, merge_verdicts, push_verdicts, sync_review
-from deerml.model.bundle import Thresholds, seal, spot_draft, spot_model
+from deerml.data.verdicts import ReviewPlace, export_verdicts, merge_verdicts, push_verdicts, send_verdicts, sync_review
+from deerml.model.bundle import Bundle, Thresholds, seal, spot_draft, spot_model
 from deerml.model.detector import Detection
 from deerml.review.queue import close_night, drawn_windows
 from yards import SPOT, START, picture
@@ -78,6 +89,28 @@ def server(tmp_path):
     made.store.close()
 
 
+@pytest.fixture(scope="module")
+def standing(tmp_path_factory) -> Path:
+    "A server that was pushed and reviewed: to be copied, which is quicker than making one"
+    made = Server(tmp_path_factory.mktemp("standing"))
+    made.push()
+    with made.away() as away:
+        seen = made.seen(away)
+        pressed = all_correct(seen[made.ids[0]], CLASSES)
+        record(away, "ann", pressed + all_correct(seen[made.ids[1]], CLASSES))
+        record(away, "ann", [Undo(made.ids[0], pressed[1].operation_id)])
+        (made.path / "written").write_bytes(export_verdicts(away, "ann").data)
+    made.store.close()
+    return made.path
+
+
+@pytest.fixture(scope="module")
+def members(standing) -> dict[str, bytes]:
+    "What is in the pack of that server"
+    [path] = (standing / "drive/review").glob("*.tar")
+    return members_of(path.read_bytes())
+
+
 def rewrite(file: bytes, header=None, event=None, number: int = 0) -> bytes:
     "A verdict file with changes to its header and to one of its events"
     lines = [json.loads(line) for line in file.splitlines()]
@@ -97,7 +130,7 @@ def judge(server: Server, store: Store, reviewer: str = "ann") -> None:
     pressed = all_correct(seen[ids[5]], CLASSES)
     record(store, reviewer, pressed)
     record(store, reviewer, [Undo(ids[5], one.operation_id) for one in pressed])
-    record(store, reviewer, [FrameStatement(ids[6], "settled", CLASSES, (TruthBox("deer", Box(1, 2, 30, 40)),))])
+    record(store, reviewer, [FrameStatement(ids[6], "settled", CLASSES, (TruthBox("deer", Box(1.0, 2.0, 30.0, 40.0)),))])
 
 
 # -- what leaves ---------------------------------------------------------------------------------------------------
@@ -309,12 +342,11 @@ def in_detection(**changes):
     (lambda content: content["draws"][0].update(closed_at="late"), "BAD_PACK"),
     (lambda content: content["draws"][0]["windows"][0].update(camera="lawn"), "BAD_PACK"),
 ])
-def test_a_pack_whose_content_lies_is_refused(server, change, code):
-    members = members_of(make_review_pack(server.store, waiting_windows(server.store), server.bundle).data)
+def test_a_pack_whose_content_lies_is_refused(tmp_path, members, change, code):
     content = json.loads(members["review.json"])
     change(content)
-    path = packed(server.path, {**members, "review.json": json.dumps(content).encode()})
-    refused(path, server.path / "laptop", code)
+    path = packed(tmp_path, {**members, "review.json": json.dumps(content).encode()})
+    refused(path, tmp_path / "laptop", code)
 
 
 def refused(path: Path, folder: Path, code: str) -> None:
@@ -335,35 +367,31 @@ def link(name: str, kind: bytes) -> tarfile.TarInfo:
     link(f"images/{'a' * 64}.jpg", tarfile.SYMTYPE), link(f"images/{'a' * 64}.jpg", tarfile.LNKTYPE), link("images", tarfile.DIRTYPE), link(f"images/{'a' * 64}.jpg", tarfile.FIFOTYPE),
     tarfile.TarInfo(f"images/{'a' * 64}.jpg"),
 ])
-def test_a_pack_with_something_else_in_it_is_refused(server, more):
-    members = members_of(make_review_pack(server.store, waiting_windows(server.store), server.bundle).data)
-    refused(packed(server.path, members, more), server.path / "laptop", "BAD_PACK")
-    assert not (server.path.parent / "outside").exists()
+def test_a_pack_with_something_else_in_it_is_refused(tmp_path, members, more):
+    refused(packed(tmp_path, members, more), tmp_path / "laptop", "BAD_PACK")
+    assert not (tmp_path.parent / "outside").exists()
 
 
 @pytest.mark.parametrize("edit", [
     lambda data: data[:len(data) // 2], lambda data: data[:700], lambda data: b"", lambda data: b"not a tar" * 100, lambda data: data[512:], lambda data: os.urandom(4096)])
-def test_a_pack_that_was_not_delivered_whole_is_refused(server, edit):
-    data = edit(make_review_pack(server.store, waiting_windows(server.store), server.bundle).data)
-    path = server.path / f"{sha256_bytes(data)}.tar"
+def test_a_pack_that_was_not_delivered_whole_is_refused(tmp_path, members, edit):
+    data = edit(packed(tmp_path, members).read_bytes())
+    path = tmp_path / f"{sha256_bytes(data)}.tar"
     path.write_bytes(data)
-    refused(path, server.path / "laptop", "BAD_PACK")
+    refused(path, tmp_path / "laptop", "BAD_PACK")
 
 
-def test_a_name_that_is_not_the_content_is_refused(server):
-    pack = make_review_pack(server.store, waiting_windows(server.store), server.bundle)
-    path = server.path / f"{'0' * 64}.tar"
-    path.write_bytes(pack.data)
-    refused(path, server.path / "laptop", "BAD_PACK")
+def test_a_name_that_is_not_the_content_is_refused(tmp_path, members):
+    path = packed(tmp_path, members).rename(tmp_path / f"{'0' * 64}.tar")
+    refused(path, tmp_path / "laptop", "BAD_PACK")
 
 
 @pytest.mark.parametrize("image", [b"", b"\xff\xd8\xff\xe0 cut off", photograph(6), picture(1)[:-40]], ids=["empty", "nonsense", "turned", "torn"])
-def test_an_image_in_a_pack_that_is_none_is_refused(server, image):
-    members = members_of(make_review_pack(server.store, waiting_windows(server.store), server.bundle).data)
+def test_an_image_in_a_pack_that_is_none_is_refused(tmp_path, members, image):
     content, name = json.loads(members["review.json"]), sha256_bytes(image)
-    members.pop(f"images/{content['frames'][0]['image']}.jpg")
+    members = {name: data for name, data in members.items() if content["frames"][0]["image"] not in name}
     content["frames"][0].update(image=name, width=96, height=160)
-    refused(packed(server.path, {**members, f"images/{name}.jpg": image, "review.json": json.dumps(content).encode()}), server.path / "laptop", "BAD_PACK")
+    refused(packed(tmp_path, {**members, f"images/{name}.jpg": image, "review.json": json.dumps(content).encode()}), tmp_path / "laptop", "BAD_PACK")
 
 
 def test_a_half_delivered_pack_is_fetched_again(server):
@@ -378,18 +406,33 @@ def test_a_half_delivered_pack_is_fetched_again(server):
 # -- verdicts that come back -----------------------------------------------------------------------------------------
 
 
+@dataclass
+class Arrived:
+    "A copy of that server, with an empty folder beside it"
+
+    store: Store
+    remote: FolderRemote
+    folder: Path
+    bundle: Bundle
+
+    events = Server.events
+
+
 @pytest.fixture
-def written(server) -> bytes:
+def arrived(standing, tmp_path):
+    shutil.copytree(standing / "yard", tmp_path / "yard", symlinks=True)
+    (tmp_path / "drive").mkdir()
+    toml = tmp_path / "yard/deerml.toml"
+    toml.write_text(toml.read_text().replace(str(standing), str(tmp_path)))
+    home = Home.open(tmp_path / "yard")
+    with Store.open(home) as store:
+        yield Arrived(store, FolderRemote(tmp_path / "drive"), tmp_path / "drive", Bundle.load(home.models / "current"))
+
+
+@pytest.fixture(scope="module")
+def written(standing) -> bytes:
     "A whole verdict file of five events: two boxes and two statements, one undo"
-    server.push()
-    away = server.away()
-    seen = server.seen(away)
-    pressed = all_correct(seen[server.ids[0]], CLASSES)
-    record(away, "ann", pressed + all_correct(seen[server.ids[1]], CLASSES))
-    record(away, "ann", [Undo(server.ids[0], pressed[1].operation_id)])
-    file = export_verdicts(away, "ann")
-    away.close()
-    return file.data
+    return (standing / "written").read_bytes()
 
 
 FUTURE = stamp(now() + timedelta(days=3))
@@ -422,52 +465,51 @@ FUTURE = stamp(now() + timedelta(days=3))
     (lambda data: rewrite(data, event={"made_at": FUTURE}), "BAD_FILE"),
     (lambda data: rewrite(data, event={"undoes": "never said"}, number=4), "WAITS"),
 ])
-def test_a_file_that_cannot_be_used_is_named_and_nothing_of_it_stored(server, written, spoil, code):
-    server.remote.put("verdicts/0-bad.jsonl", spoil(written))
-    report = merge_verdicts(server.store, server.remote)
+def test_a_file_that_cannot_be_used_is_named_and_nothing_of_it_stored(arrived, written, spoil, code):
+    arrived.remote.put("verdicts/0-bad.jsonl", spoil(written))
+    report = merge_verdicts(arrived.store, arrived.remote)
     assert [(problem.file, problem.code) for problem in report.problems] == [("verdicts/0-bad.jsonl", code)] and report.problems[0].text
-    assert server.events() == report.events == 0
-    server.remote.put("verdicts/1-good.jsonl", written)
-    report = merge_verdicts(server.store, server.remote)
-    assert server.events() == report.events == 5 and len(report.problems) == 1  # the others go on, and it is told again
+    assert arrived.events() == report.events == 0
+    arrived.remote.put("verdicts/1-good.jsonl", written)
+    report = merge_verdicts(arrived.store, arrived.remote)
+    assert arrived.events() == report.events == 5 and len(report.problems) == 1  # the others go on, and it is told again
 
 
-def test_an_operation_that_is_known_as_something_else_is_refused(server, written):
-    server.remote.put("verdicts/a.jsonl", written)
-    merge_verdicts(server.store, server.remote)
-    server.remote.put("verdicts/b.jsonl", rewrite(written, event={"verdict": "false_positive"}))
-    assert [problem.code for problem in merge_verdicts(server.store, server.remote).problems] == ["OTHER_EVENT"] and server.events() == 5
+def test_an_operation_that_is_known_as_something_else_is_refused(arrived, written):
+    arrived.remote.put("verdicts/a.jsonl", written)
+    merge_verdicts(arrived.store, arrived.remote)
+    arrived.remote.put("verdicts/b.jsonl", rewrite(written, event={"verdict": "false_positive"}))
+    assert [problem.code for problem in merge_verdicts(arrived.store, arrived.remote).problems] == ["OTHER_EVENT"] and arrived.events() == 5
 
 
-def test_a_file_that_is_too_large_is_not_read(server, monkeypatch):
+def test_a_file_that_is_too_large_is_not_read(arrived, monkeypatch):
     monkeypatch.setattr("deerml.data.verdicts.MAX_VERDICT_BYTES", 10)
-    server.remote.put("verdicts/a.jsonl", b"x" * 11)
-    assert merge_verdicts(server.store, server.remote).problems[0].code == "BAD_FILE"
+    arrived.remote.put("verdicts/a.jsonl", b"x" * 11)
+    assert merge_verdicts(arrived.store, arrived.remote).problems[0].code == "BAD_FILE"
 
 
-def test_merging_again_or_twice_the_same_stores_nothing_twice(server, written):
-    server.remote.put("verdicts/a.jsonl", written)
-    server.remote.put("verdicts/copy-of-a.jsonl", written)
-    server.remote.put("verdicts/b.jsonl", rewrite(written, header={"client": "pushed again after a crash"}))
-    first = merge_verdicts(server.store, server.remote)
-    assert (first.files, first.events, first.repeated) == (2, 5, 5) and server.events() == 5
-    known = truths(server.store, CLASSES)
+def test_merging_again_or_twice_the_same_stores_nothing_twice(arrived, written):
+    arrived.remote.put("verdicts/a.jsonl", written)
+    arrived.remote.put("verdicts/copy-of-a.jsonl", written)
+    arrived.remote.put("verdicts/b.jsonl", rewrite(written, header={"client": "pushed again after a crash"}))
+    first = merge_verdicts(arrived.store, arrived.remote)
+    assert (first.files, first.events, first.repeated) == (2, 5, 5) and arrived.events() == 5
+    known = truths(arrived.store, CLASSES)
     for _ in range(2):
-        again = merge_verdicts(server.store, server.remote)
-        assert (again.files, again.events, again.problems) == (0, 0, ()) and truths(server.store, CLASSES) == known
+        again = merge_verdicts(arrived.store, arrived.remote)
+        assert (again.files, again.events, again.problems) == (0, 0, ()) and truths(arrived.store, CLASSES) == known
 
 
-def test_a_dry_run_changes_nothing(server, written):
-    server.remote.put("verdicts/a.jsonl", written)
-    before = server.remote.list(""), left(server.store.home)
-    report = sync_review(server.store, server.bundle, dry_run=True)
-    assert report.merged.events == 5 and report.frames == FRAMES and server.events() == 0
-    assert (server.remote.list(""), left(server.store.home)) == before
-    assert sync_review(server.store, server.bundle).merged.events == 5
+def test_a_dry_run_changes_nothing(arrived, written):
+    arrived.remote.put("verdicts/a.jsonl", written)
+    before = arrived.remote.list(""), left(arrived.store.home)
+    report = sync_review(arrived.store, arrived.bundle, dry_run=True)
+    assert report.merged.events == 5 and report.frames == FRAMES and arrived.events() == 0
+    assert (arrived.remote.list(""), left(arrived.store.home)) == before
+    assert sync_review(arrived.store, arrived.bundle).merged.events == 5
 
 
-@pytest.mark.parametrize("together", [True, False], ids=["in one merge", "one by one"])
-@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)])
+@pytest.mark.parametrize(("order", "together"), [*((order, False) for order in permutations(range(3))), ((2, 1, 0), True), ((1, 2, 0), True)])
 def test_files_in_any_order_give_the_same_truth(server, order, together):
     server.push()
     away = server.away()
@@ -485,9 +527,10 @@ def test_files_in_any_order_give_the_same_truth(server, order, together):
         (server.folder / entry.name).unlink()
     for place in order:
         server.remote.put(f"verdicts/{order.index(place)}-{place}.jsonl", files[place].data)
-        report = None if together else merge_verdicts(server.store, server.remote)
+        if not together:
+            merge_verdicts(server.store, server.remote)
     report = merge_verdicts(server.store, server.remote)
-    assert report.problems == () and truths(server.store, CLASSES) == wanted and server.events() == 14
+    assert report.problems == () and truths(server.store, CLASSES) == wanted and server.events() == 12
     away.close()
 
 
@@ -548,40 +591,50 @@ class Failing:
         return call
 
 
-def everything(server: Server, remote) -> Store:
+def everything(server: Server, remote) -> None:
     "All that is done with a remote, each step once"
     sync_review(server.store, server.bundle, remote)
-    away = open_newest_review(remote, server.path / "laptop")
-    if not truths(away, CLASSES):
-        judge(server, away)
-    push_verdicts(away, remote)
+    with open_newest_review(remote, server.path / "laptop") as away:
+        if not truths(away, CLASSES) and len(frames(away)) == FRAMES:
+            judge(server, away)
+        send_verdicts(ReviewPlace(away, remote))
     sync_review(server.store, server.bundle, remote)
-    return away
 
 
-def test_a_failure_at_any_call_loses_nothing_and_the_repeat_succeeds(tmp_path):
+def test_a_failure_at_any_call_loses_nothing_and_the_repeat_succeeds(tmp_path, request):
+    "The fast tier takes every fifth point, `--slow` takes all"
     whole = Server(tmp_path / "whole")
     counting = Failing(whole.remote, 0, False)
-    everything(whole, counting).close()
+    everything(whole, counting)
+    wanted = {frame_id: truth.of for frame_id, truth in truths(whole.store, CLASSES).items()}
     whole.store.close()
-    assert counting.calls > 6
-    for at in range(1, counting.calls + 1):
-        for after in (False, True):
-            server = Server(tmp_path / f"{at}-{after}")
-            failing = Failing(server.remote, at, after)
-            try:
-                everything(server, failing).close()
-            except DeermlError as error:
-                assert error.code == "NO_REMOTE"
-            away = everything(server, server.remote)
-            report = merge_verdicts(server.store, server.remote)
-            assert report.problems == () and truths(server.store, CLASSES) == truths(away, CLASSES) and truths(away, CLASSES)
-            out = {name.removeprefix("images/").removesuffix(".jpg") for entry in server.remote.list("review/") if entry.name.endswith(".tar")
-                   for name in members_of(server.remote.get(entry.name)) if name != "review.json"}
-            assert out <= {row["outgoing"] for row in left(server.store.home)}
-            away.close()
-            server.store.close()
-            shutil.rmtree(server.path)
+    points = [(at, after) for at in range(1, counting.calls + 1) for after in (False, True)]
+    assert counting.calls > 8 and len(wanted) == 7
+    for at, after in points if request.config.getoption("--slow") else points[::5]:
+        server = Server(tmp_path / f"{at}-{after}")
+        try:
+            everything(server, Failing(server.remote, at, after))
+        except DeermlError as error:
+            assert error.code == "NO_REMOTE"
+        everything(server, server.remote)
+        assert merge_verdicts(server.store, server.remote).problems == ()
+        assert {frame_id: truth.of for frame_id, truth in truths(server.store, CLASSES).items()} == wanted
+        out = {name.removeprefix("images/").removesuffix(".jpg") for entry in server.remote.list("review/") if entry.name.endswith(".tar")
+               for name in members_of(server.remote.get(entry.name)) if name != "review.json"}
+        assert out <= {row["outgoing"] for row in left(server.store.home)}
+        server.store.close()
+
+
+def test_verdicts_of_a_pack_that_is_no_longer_the_newest_are_sent_too(server):
+    server.push()
+    with server.away() as away:
+        record(away, "ann", all_correct(server.seen(away)[server.ids[0]], CLASSES))
+    record(server.store, "ben", [FrameStatement(frame_id, "nothing_here", CLASSES) for frame_id in server.ids[6:]])
+    server.push()
+    with server.away() as newer:
+        assert len(frames(newer)) < FRAMES
+        assert send_verdicts(ReviewPlace(newer, server.remote)).startswith("2 review events were sent")
+    assert merge_verdicts(server.store, server.remote).events == 2
 
 
 def test_a_crash_while_opening_leaves_no_half_home(server, monkeypatch):
@@ -601,17 +654,17 @@ def command(home: Path, *words: str) -> tuple[int, dict]:
     return result.exit_code, json.loads(result.stdout)
 
 
-def test_the_command_goes_both_ways(server, written):
-    home = server.store.home.path
-    server.remote.put("verdicts/a.jsonl", written)
+def test_the_command_goes_both_ways(arrived, written):
+    home = arrived.store.home.path
+    arrived.remote.put("verdicts/a.jsonl", written)
     code, said = command(home, "--dry-run")
-    assert code == 0 and said["merged"]["events"] == 5 and server.events() == 0
+    assert code == 0 and said["merged"]["events"] == 5 and arrived.events() == 0
     code, said = command(home)
-    assert code == 0 and said["merged"]["events"] == 5 and said["frames"] and read_review_pack(server.folder / said["pack"])
-    server.remote.put("verdicts/torn.jsonl", written[:-9])
+    assert code == 0 and said["merged"]["events"] == 5 and said["frames"] and read_review_pack(arrived.folder / said["pack"])
+    arrived.remote.put("verdicts/torn.jsonl", written[:-9])
     code, said = command(home)
     assert code == 1 and said["merged"]["problems"][0]["file"] == "verdicts/torn.jsonl"
-    shutil.rmtree(server.folder)
+    shutil.rmtree(arrived.folder)
     code, said = command(home)
     assert code == 75 and said["error"]["code"] == "NO_REMOTE"
 

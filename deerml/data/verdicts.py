@@ -437,8 +437,11 @@ def find_review(
 
 # %% ../../nbs/40_data/06_verdicts.ipynb #7a416b42
 def send_verdicts(place: ReviewPlace) -> str:
-    "Send what was not sent yet, and say so"
+    "Send what was not sent yet, also from the packs that were opened beside this one earlier, and say so"
     if place.remote is None:
         return "Your verdicts are stored already; there is nothing to send."
-    sent = push_verdicts(place.store, place.remote)
+    sent = 0
+    for path in sorted(place.store.home.path.parent.glob("review-*")):
+        with Store.open(Home.open(path)) as store:
+            sent += push_verdicts(store, place.remote) if pack_of(store) else 0
     return f"{sent} review events were sent. The server merges them with `deerml sync review`." if sent else "Everything was sent already."
