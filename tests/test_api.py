@@ -233,6 +233,14 @@ def test_the_words_mean_what_the_keys_mean(deer_client):
     assert client.get(f"/api/frames/{ids[6]}").json()["verdicts"][0]["source"].endswith("confidence=0.8")
 
 
+def test_a_drawn_box_sent_again_is_the_same_animal(deer_client):
+    post(deer_client, detections=[])
+    drawn = {"verdict": "missed_deer", "boxes": [{"box": {"x": 100, "y": 10, "width": 30, "height": 30}}]}
+    review(deer_client, 1, **drawn)
+    assert review(deer_client, 1, **drawn, all_boxed=True).json()["frame"]["state"] == "boxes_complete"
+    assert len(deer_client.get("/api/frames/1").json()["truth"][0]["boxes"]) == 1
+
+
 @pytest.mark.parametrize(("said", "code"), [
     ({"verdict": "wrong"}, "BAD_REQUEST"), ({"verdict": "missed_"}, "BAD_REQUEST"), ({}, "BAD_REQUEST"), ({"verdict": "correct", "confidence": 2}, "BAD_REQUEST"),
     ({"verdict": "correct", "revision": -1}, "BAD_REQUEST"), ({"verdict": "correct", "revision": 2**70}, "BAD_REQUEST"), ({"verdict": "correct", "reviewer": "import:x"}, "BAD_REQUEST"),

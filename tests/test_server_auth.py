@@ -296,7 +296,7 @@ def test_a_page_that_leaves_in_the_middle(home):
 
     with running(app_of(home)) as port:
         for _ in range(3):
-            talk(port, leave)
+            talk(port, leave, close_timeout=0.2)
         assert talk(port, ready) == "hello"
 
 

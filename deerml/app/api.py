@@ -715,8 +715,13 @@ def _on_detection(target: Target, said: BoxSaid, one: DetectionOut, general: str
 
 # %% ../../nbs/90_app/02_api.ipynb #f65dcf6d
 def _drawn(target: Target, said: Review, operation_id: str) -> list[BoxVerdict]:
-    drawn = [one for one in said.boxes if one.detection_id is None]
-    return [BoxVerdict(target.frame.id, "missed", _drawn_label(target, said, one), _drawn_box(target, one), box_key=f"drawn:{operation_id}:{number}") for number, one in enumerate(drawn)]
+    "Boxes drawn by hand. One that the reviewer sends again, perhaps to complete the frame, is the same box."
+    known = {(event.label, event.x, event.y, event.width, event.height): key for key, event in target.own.items() if event.verdict == "missed"}
+    verdicts = []
+    for number, one in enumerate(one for one in said.boxes if one.detection_id is None):
+        label, box = _drawn_label(target, said, one), _drawn_box(target, one)
+        verdicts.append(BoxVerdict(target.frame.id, "missed", label, box, box_key=known.get((label, *box.xywh), f"drawn:{operation_id}:{number}")))
+    return verdicts
 
 
 def _drawn_box(target: Target, one: BoxSaid) -> Box:
