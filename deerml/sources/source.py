@@ -282,15 +282,18 @@ def _add_rows(group: _Group, connection: sa.Connection, ids: Sequence[int], newe
     group.report.new += new
     group.report.known += len(ids) - new  # the same photograph under another name
     following = iter(ids)
-    for item, frame_id, told in group.told:
-        group.report.events += _record(connection, item, next(following) if frame_id is None else frame_id, told)
+    placed = [(item, next(following) if frame_id is None else frame_id, told) for item, frame_id, told in group.told]
+    marked = _marked(connection, [frame_id for _, frame_id, _ in placed])
+    for item, frame_id, told in placed:
+        if told.bundle:
+            record_inference_with(connection, told.bundle, [(frame_id, told.found, told.fired)])
+        if told.sayings or frame_id in marked:
+            group.report.events += _record(connection, item, frame_id, told)
     _keep(connection, group.source, group.cursor, group.report)
 
 # %% ../../nbs/25_sources/00_source.ipynb #7fc93fd2
 def _record(connection: sa.Connection, item: Item, frame_id: int, told: Told) -> int:
-    "Inference and events of one frame; how many events are new"
-    if told.bundle:
-        record_inference_with(connection, told.bundle, [(frame_id, told.found, told.fired)])
+    "Events of one frame; how many are new"
     prefix = f"{item.adapter}:{item.external_id}:{frame_id}:"
     number, digest, undoable = _last_generation(connection, frame_id, prefix)
     wanted = _digest(told)
