@@ -304,6 +304,15 @@ def _record(connection: sa.Connection, item: Item, frame_id: int, told: Told) ->
     said = [_bound(connection, saying, frame_id, told, f"{start}:{place}") for place, saying in enumerate(told.sayings)]
     return record_with(connection, told.reviewer or item.adapter, [*undone, *said], source="import")
 
+# %% ../../nbs/25_sources/00_source.ipynb #247e0b49
+def _marked(connection: sa.Connection, frame_ids: Sequence[int]) -> set[int]:
+    "Those of which an import has said something before"
+    event = schema.review_event.c
+    found: set[int] = set()
+    for start in range(0, len(frame_ids), 500):  # SQLite bounds the parameters of one statement
+        found.update(connection.scalars(sa.select(event.frame_id).where(event.frame_id.in_(frame_ids[start:start + 500]), event.source == "import")))
+    return found
+
 # %% ../../nbs/25_sources/00_source.ipynb #b627eb5a
 NOTHING = "nothing"
 
