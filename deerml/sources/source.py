@@ -282,15 +282,18 @@ def _add_rows(group: _Group, connection: sa.Connection, ids: Sequence[int], newe
     group.report.new += new
     group.report.known += len(ids) - new  # the same photograph under another name
     following = iter(ids)
-    for item, frame_id, told in group.told:
-        group.report.events += _record(connection, item, next(following) if frame_id is None else frame_id, told)
+    placed = [(item, next(following) if frame_id is None else frame_id, told) for item, frame_id, told in group.told]
+    marked = _marked(connection, [frame_id for _, frame_id, _ in placed])
+    for item, frame_id, told in placed:
+        if told.bundle:
+            record_inference_with(connection, told.bundle, [(frame_id, told.found, told.fired)])
+        if told.sayings or frame_id in marked:
+            group.report.events += _record(connection, item, frame_id, told)
     _keep(connection, group.source, group.cursor, group.report)
 
 # %% ../../nbs/25_sources/00_source.ipynb #7fc93fd2
 def _record(connection: sa.Connection, item: Item, frame_id: int, told: Told) -> int:
-    "Inference and events of one frame; how many events are new"
-    if told.bundle:
-        record_inference_with(connection, told.bundle, [(frame_id, told.found, told.fired)])
+    "Events of one frame; how many are new"
     prefix = f"{item.adapter}:{item.external_id}:{frame_id}:"
     number, digest, undoable = _last_generation(connection, frame_id, prefix)
     wanted = _digest(told)
@@ -300,6 +303,15 @@ def _record(connection: sa.Connection, item: Item, frame_id: int, told: Told) ->
     undone = [Undo(frame_id, operation, f"{start}:undo{place}") for place, operation in enumerate(undoable)]
     said = [_bound(connection, saying, frame_id, told, f"{start}:{place}") for place, saying in enumerate(told.sayings)]
     return record_with(connection, told.reviewer or item.adapter, [*undone, *said], source="import")
+
+# %% ../../nbs/25_sources/00_source.ipynb #247e0b49
+def _marked(connection: sa.Connection, frame_ids: Sequence[int]) -> set[int]:
+    "Those of which an import has said something before"
+    event = schema.review_event.c
+    found: set[int] = set()
+    for start in range(0, len(frame_ids), 500):  # SQLite bounds the parameters of one statement
+        found.update(connection.scalars(sa.select(event.frame_id).where(event.frame_id.in_(frame_ids[start:start + 500]), event.source == "import")))
+    return found
 
 # %% ../../nbs/25_sources/00_source.ipynb #b627eb5a
 NOTHING = "nothing"
