@@ -316,6 +316,16 @@ def test_two_views_of_one_widget_do_not_judge_twice(opened):
     assert len(sent(page)) == 1 and ["21:11" in text for text in page.locator("h2").all_inner_texts()] == [True, True]
 
 
+def test_the_end_is_asked_for_once_more_and_no_more(opened):
+    page = opened(items=2, frames=1)
+    press(page, "c", "n")
+    page.wait_for_timeout(500)
+    assert page.get_by_text("All 2 windows of tonight are judged").is_visible() and "one deer" in page.locator(".ending").inner_text()
+    assert len(sent(page, "need")) <= 5
+    press(page, "z")
+    assert "21:11" in title(page)
+
+
 @pytest.mark.slow
 def test_the_view_cleans_up(opened):
     page = opened()

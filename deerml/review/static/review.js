@@ -909,8 +909,9 @@ class Review {
       this.learn(item);
       for (const part of parts(item)) this.pictures.mayAsk(keyOf(part)); // they are on their way
     }
-    if (!this.item) this.advance();
-    this.ask();
+    // An empty answer is followed by the end: asking at once would go on for ever.
+    if (items.length && !this.item) this.advance();
+    if (items.length) this.ask();
   }
 
   learn(item) {
@@ -992,7 +993,7 @@ class Review {
   end(message) {
     this.asking = 0;
     this.ended = message;
-    if (!this.item) this.advance();
+    if (!this.item) this.renderAll();
   }
 
   // About one picture: its card says so. About anything else: a person should read it.
