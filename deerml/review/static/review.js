@@ -409,7 +409,7 @@ class Stage {
 
   draw() {
     const { review, frame } = this;
-    const shown = review.boxesHidden ? [] : frame.boxes;
+    const shown = review.boxesHidden || frame.problem ? [] : frame.boxes;
     this.overlay.replaceChildren(...shown.map((box) => this.lines(box)));
     this.tags.replaceChildren(...shown.flatMap((box) => this.labels(box)));
     this.view.classList.toggle("drawing", review.drawing);
@@ -909,8 +909,9 @@ class Review {
       this.learn(item);
       for (const part of parts(item)) this.pictures.mayAsk(keyOf(part)); // they are on their way
     }
-    if (!this.item) this.advance();
-    this.ask();
+    // An empty answer is followed by the end: asking at once would go on for ever.
+    if (items.length && !this.item) this.advance();
+    if (items.length) this.ask();
   }
 
   learn(item) {
@@ -992,7 +993,7 @@ class Review {
   end(message) {
     this.asking = 0;
     this.ended = message;
-    if (!this.item) this.advance();
+    if (!this.item) this.renderAll();
   }
 
   // About one picture: its card says so. About anything else: a person should read it.
@@ -1188,7 +1189,7 @@ class Review {
       return "The boxes were hidden: look at them first";
     }
     if (frames.every((frame) => frame.problem)) return "This image cannot be shown: press S to skip it";
-    if (!"CB".includes(key) || frames.some((frame) => frame.boxes.some(SURVIVES))) return null;
+    if (!"CB".includes(key) || frames.some((frame) => !frame.problem && frame.boxes.some(SURVIVES))) return null;
     return "There is no box to confirm: press N when nothing is here, M to draw";
   }
 
@@ -1245,7 +1246,7 @@ class Review {
   }
 
   askNothing(frames) {
-    this.question = { frames, some: frames.some((frame) => frame.boxes.length) };
+    this.question = { frames, some: frames.some((frame) => !frame.problem && frame.boxes.length) };
     this.renderBar();
     this.announce(`${this.question.some ? "Every box is wrong. " : ""}Is nothing here? Y: nothing here. M: draw what is here.`);
   }
@@ -1481,7 +1482,7 @@ class Review {
 
   // Tab walks over the boxes, and leaves them at the ends as everywhere else.
   tab(backwards) {
-    const boxes = this.boxesHidden ? [] : (this.frame?.boxes ?? []);
+    const boxes = this.boxesHidden || this.frame?.problem ? [] : (this.frame?.boxes ?? []);
     const place = boxes.indexOf(this.selected);
     const next = this.selected ? place + (backwards ? -1 : 1) : backwards ? -1 : 0;
     this.select(boxes[next] ?? null);
@@ -1731,7 +1732,7 @@ class Review {
     const [mark, word] = this.mark(frame);
     const current = index === this.index;
     const boxes = svg("svg", { viewBox: `0 0 ${frame.width} ${frame.height}`, preserveAspectRatio: "none", "aria-hidden": "true" });
-    for (const { box: [x, y, width, height], kind, word: said } of this.boxesHidden ? [] : frame.boxes) {
+    for (const { box: [x, y, width, height], kind, word: said } of this.boxesHidden || frame.problem ? [] : frame.boxes) {
       const attributes = { x, y, width, height, class: `${kind} ${said ?? "unjudged"}`, "vector-effect": "non-scaling-stroke" };
       boxes.append(svg("rect", attributes));
     }
@@ -1804,9 +1805,8 @@ class Review {
   gridBar() {
     const wrong = this.item.crops.filter((crop) => crop.word === "false_positive").length;
     const change = (key, label, mark) => ({ key, label, icon: mark, help: label });
-    const confirm = `Confirm page`;
     return [
-      this.button("confirm", "key", { ...change("Enter", confirm, "check"), help: `${this.item.crops.length - wrong} right, ${wrong} wrong` }),
+      this.button("confirm", "key", { ...change("Enter", "Confirm page", "check"), help: `${this.item.crops.length - wrong} right, ${wrong} wrong` }),
       this.button("allRight", "key", change("C", "All right", "boxed")),
       this.button("allWrong", "key", change("F", "All wrong", "cross")),
       this.button("skip", "key", { label: "Skip page" }),
