@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Progress', 'EVENTS', 'Trainer', 'CHECKPOINT_S', 'REPORT_S', 'Plan', 'Quiet', 'DurablePath', 'Durable', 'lighten',
-           'Paced', 'HalfPrecision', 'half_precision_works', 'open_session', 'logged', 'on_screen', 'explained']
+           'Paced', 'HalfPrecision', 'half_precision_works', 'open_session', 'preload', 'logged', 'on_screen',
+           'explained']
 
 # %% ../../nbs/50_train/02_session.ipynb #15d4d806
 import io
@@ -256,6 +257,14 @@ def open_session(
     quiet_ultralytics()
     from ultralytics.models.yolo.detect import DetectionTrainer
     return type("Session", (Paced, HalfPrecision, Durable, Quiet, DetectionTrainer), {})(plan, options)
+
+# %% ../../nbs/50_train/02_session.ipynb #c6dc4e90
+def preload() -> None:
+    "Import all that a training needs, so that it begins at once. Raises `NO_TRAINING_TOOLS`, `OLD_TORCH`, `OLD_ULTRALYTICS`."
+    quiet_ultralytics()
+    import torch._dynamo
+    import torch._inductor.config
+    import ultralytics.models.yolo.detect  # noqa: F401
 
 # %% ../../nbs/50_train/02_session.ipynb #ec4b2be6
 @contextmanager
