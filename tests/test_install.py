@@ -180,15 +180,15 @@ def test_a_failure_shows_what_pip_said(environment, tmp_path, capsys):
 
 def test_an_environment_that_works_is_kept_and_a_broken_one_made_again(tmp_path, capsys):
     folder = tmp_path / "venv"
+    (folder / "bin").mkdir(parents=True)
+    (folder / "bin/python").symlink_to("/nowhere/python3")
+    (folder / "mark").touch()
     python = install.make_environment(folder)
+    assert not (folder / "mark").exists()
+    assert subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode == 0
     (folder / "mark").touch()
     install.make_environment(folder)
     assert (folder / "mark").exists()
-    python.unlink()
-    python.symlink_to("/nowhere/python3")
-    install.make_environment(folder)
-    assert not (folder / "mark").exists()
-    assert subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode == 0
 
 
 # -- make ---------------------------------------------------------------------------------------------------------

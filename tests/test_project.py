@@ -306,9 +306,8 @@ def test_a_cell_that_fails(project, source, said):
     assert ran.returncode == 1 and said in ran.stdout and "00_first.ipynb cell 4 #ffffffff" in ran.stdout
 
 
-def test_flagged_cells_run_only_when_asked(project):
+@pytest.mark.parametrize(("options", "fails"), [
+    (("--nbflags", "gpu"), 0), (("--nbflags", "slow"), 1), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in (((), 0), (("--slow",), 1)))])
+def test_flagged_cells_run_only_when_asked(project, options, fails):
     add_cell(first(project), "#| slow\n#| hide\nassert one() == 2")
-    assert run_notebooks(project).returncode == 0
-    assert run_notebooks(project, "--slow").returncode == 1
-    assert run_notebooks(project, "--nbflags", "slow").returncode == 1
-    assert run_notebooks(project, "--nbflags", "gpu").returncode == 0
+    assert run_notebooks(project, *options).returncode == fails
