@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from yards import AFTER, SPOT, START, picture, yard
 
 from deerml.capture import schema
 from deerml.capture.backup import verify
@@ -22,6 +21,7 @@ from deerml.core.errors import DeermlError
 from deerml.core.settings import Home
 from deerml.data.version import freeze
 from deerml.review.queue import close_night, drawn_windows
+from yards import AFTER, SPOT, START, picture, yard
 
 ACCOUNT = "postgres"  # the server refuses to run as root, so then it runs as this user, who comes with the package
 
@@ -68,7 +68,8 @@ def server() -> Iterator[Path]:
                 yield Path(folder)
             finally:
                 # Straight to the server, which the one before may wait to tell; and at once, whoever is connected.
-                os.kill(int(Path(data, "postmaster.pid").read_text().split()[0]), signal.SIGINT)
+                started = Path(data, "postmaster.pid")
+                os.kill(int(started.read_text().split()[0]) if started.exists() else running.pid, signal.SIGINT)
                 running.wait(60)
 
 

@@ -8,6 +8,7 @@ __all__ = ['Progress', 'EVENTS', 'Trainer', 'CHECKPOINT_S', 'REPORT_S', 'Plan', 
            'explained']
 
 # %% ../../nbs/50_train/02_session.ipynb #15d4d806
+import importlib
 import io
 import json
 import logging
@@ -262,9 +263,8 @@ def open_session(
 def preload() -> None:
     "Import all that a training needs, so that it begins at once. Raises `NO_TRAINING_TOOLS`, `OLD_TORCH`, `OLD_ULTRALYTICS`."
     quiet_ultralytics()
-    import torch._dynamo
-    import torch._inductor.config
-    import ultralytics.models.yolo.detect  # noqa: F401
+    for name in ("torch._dynamo", "torch._inductor.config", "ultralytics.models.yolo.detect"):
+        importlib.import_module(name)
 
 # %% ../../nbs/50_train/02_session.ipynb #ec4b2be6
 @contextmanager
