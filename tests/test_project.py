@@ -277,7 +277,8 @@ def run_notebooks(root: Path, *options: str) -> subprocess.CompletedProcess:
         shutil.copy(ROOT / name, root / name)
     outer = ("COV_", "COVERAGE_", "PYTEST_", "IN_TEST")
     environ = {name: value for name, value in os.environ.items() if not name.startswith(outer)}
-    command = [sys.executable, "-m", "pytest", "--no-cov", "-p", "no:cacheprovider", "nbs", *options]
+    environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # half of the time would go into importing what is not used
+    command = [sys.executable, "-m", "pytest", "-p", "pytest_cov", "--no-cov", "-p", "no:cacheprovider", "nbs", *options]
     return subprocess.run(command, cwd=root, env=environ, capture_output=True, text=True)
 
 
