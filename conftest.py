@@ -1,4 +1,5 @@
 """Options of the whole test run."""
+import gc
 import os
 from pathlib import Path
 
@@ -22,6 +23,18 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
         if item.get_closest_marker("data") and not DATA.is_dir():
             item.add_marker(pytest.mark.skip(reason="the sample data folder is absent: set DEERML_SAMPLE_DATA"))
+
+
+def pytest_runtest_setup(item):
+    """Once a file: what is alive then is left out of later garbage collections.
+
+    A training collects garbage several times, and with the modules and notebooks of a whole run in memory each time
+    would take longer than the training itself.
+    """
+    if item.path != getattr(item.session, "file_at_work", None):
+        item.session.file_at_work = item.path
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(scope="session")

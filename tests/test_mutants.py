@@ -47,7 +47,7 @@ def run_promises(folder: Path, chosen: str, file: str = "", change: Callable[[st
         path = folder / "deerml" / file
         path.write_text(change(path.read_text()))
     command = [sys.executable, "-m", "pytest", "test_promises.py", "-k", chosen, "-q", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(folder)]
-    return subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONPATH": str(folder)}, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONPATH": str(folder), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}, capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.mark.parametrize("name", MUTANTS)

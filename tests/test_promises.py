@@ -48,7 +48,7 @@ def test_a_night_lies_in_one_split_for_ever(tmp_path):
         for sample in samples_of_frozen(store):
             before.setdefault(sample.frame.night_key, set()).add(sample.split)
         assert all(len(found) == 1 for found in before.values()) and len(set.union(*before.values())) == 3
-    with yard(tmp_path / "larger", nights=40, cameras=("lawn", "gate", "pond")) as larger:
+    with yard(tmp_path / "larger", nights=24, cameras=("lawn", "gate", "pond")) as larger:
         after = {sample.frame.night_key: sample.split for sample in samples_of_frozen(larger)}
         assert all(after[night] in found for night, found in before.items())
 

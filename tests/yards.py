@@ -1,4 +1,5 @@
 """A small reviewed yard, made in a second, for the tests of several rooms."""
+import itertools
 from datetime import timedelta
 from pathlib import Path
 
@@ -28,15 +29,14 @@ def yard(path: Path, nights: int = 20, cameras: tuple[str, ...] = ("gate",), **s
     """Every night and camera has six frames: two with an animal, two verified empty, one with a drawn box that nobody
     completed (in progress), one that nobody looked at (unreviewed)."""
     store = Store.open(Home.create(path, **settings))
-    for night in range(nights):
-        for number, camera in enumerate(cameras):
-            seeds = [1000 * night + 100 * number + n for n in range(6)]
-            new = [NewFrame(picture(seed, n < 2), "test", f"{camera}/{night}/{n}", camera=camera, taken_at=START + timedelta(days=night, minutes=5 * n), trigger="scheduled")
-                   for n, seed in enumerate(seeds)]
-            ids = add_frames(store, new)
-            for n, frame_id in enumerate(ids[:5]):
-                name = f"{camera}/{night}/{n}"
-                boxes = [BoxVerdict(frame_id, "missed", "deer", SPOT, operation_id=f"{name}/box")] if n in (0, 1, 4) else []
-                words = [FrameStatement(frame_id, "all_boxed" if boxes else "nothing_here", ("deer",), operation_id=f"{name}/word")] if n < 4 else []
-                record(store, "ann", [*boxes, *words])
+    new, said = [], []
+    for night, (number, camera), n in itertools.product(range(nights), enumerate(cameras), range(6)):
+        data, taken_at = picture(1000 * night + 100 * number + n, n < 2), START + timedelta(days=night, minutes=5 * n)
+        new.append(NewFrame(data, "test", f"{camera}/{night}/{n}", camera=camera, taken_at=taken_at, trigger="scheduled"))
+    for frame_id, name in zip(add_frames(store, new), (one.external_id for one in new)):
+        n = int(name[-1])
+        boxes = [BoxVerdict(frame_id, "missed", "deer", SPOT, operation_id=f"{name}/box")] if n in (0, 1, 4) else []
+        words = [FrameStatement(frame_id, "all_boxed" if boxes else "nothing_here", ("deer",), operation_id=f"{name}/word")] if n < 4 else []
+        said += [*boxes, *words]
+    record(store, "ann", said)
     return store

@@ -11,10 +11,11 @@ __all__ = ['ZONE', 'FIRST_NIGHT', 'FIRST_NIGHTS', 'LATER_NIGHTS', 'FIRST_CAMERAS
 import multiprocessing
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
+from functools import cache
 from pathlib import Path
 
 from deerml.app.conductor import (
@@ -30,14 +31,15 @@ from ..core.settings import Home
 from ..model.bundle import Bundle
 from ..model.detector import Detector, decode, fires
 from ..review.queue import close_night
+from ..train.session import preload
 
 # %% ../../nbs/90_app/08_demo.ipynb #0444fad9
 ZONE = "America/Chicago"
 FIRST_NIGHT = date(2025, 9, 1)
-FIRST_NIGHTS, LATER_NIGHTS = 12, 14
+FIRST_NIGHTS, LATER_NIGHTS = 10, 11
 FIRST_CAMERAS = 2  # the others are added after the first nights
 HOURS = (18, 0)  # local: dusk and the first half of the night
-SUMMER_VISITS, AUTUMN_VISITS = 1.2, 3.0  # a night and camera
+SUMMER_VISITS, AUTUMN_VISITS = 1.1, 2.6  # a night and camera
 SHOWN_FROM = 0.25  # a person is shown boxes from this score on
 STRICT_IOU = 0.75  # the simulated person redraws looser boxes; waving them through would teach the model its own mistakes
 SETTINGS = {
@@ -46,9 +48,9 @@ SETTINGS = {
 }
 WARM = {"epochs": 14, "batch": 16}  # of the successor, which starts from the first model
 STEPS = {  # what a person reads, and roughly how many seconds it takes
-    "simulate": ("twelve nights in the yard", 6), "review": ("a person reviews them", 2), "first": ("training the first model", 30),
-    "deploy": ("judging and deploying it", 8), "watch": ("two weeks with that model", 18), "second": ("training its successor", 50),
-    "gate": ("judging champion and challenger", 18), "ship": ("release, deployment, report", 5),
+    "simulate": ("ten nights in the yard", 9), "review": ("a person reviews them", 2), "first": ("training the first model", 36),
+    "deploy": ("judging and deploying it", 3), "watch": ("eleven nights with that model", 13), "second": ("training its successor", 50),
+    "gate": ("judging champion and challenger", 13), "ship": ("release, deployment, report", 4),
 }
 
 # %% ../../nbs/90_app/08_demo.ipynb #47c97122
@@ -65,10 +67,15 @@ def after(night: str) -> datetime:
     return night_bounds(night, ZONE)[1]
 
 # %% ../../nbs/90_app/08_demo.ipynb #399b0f5f
+@cache
+def _yard(seed: int) -> Yard:
+    return Yard(seed, zone=ZONE, label=SETTINGS["classes"][0])
+
+
 def simulate(seed: int, camera: str, night: str) -> list[SimFrame]:
     "Every frame of one camera in one night"
     visits = SUMMER_VISITS if night < nights(FIRST_NIGHTS, 1)[0] else AUTUMN_VISITS
-    return list(Yard(seed, zone=ZONE, label=SETTINGS["classes"][0]).night(camera, night, HOURS, visits_mean=visits))
+    return list(_yard(seed).night(camera, night, HOURS, visits_mean=visits))
 
 # %% ../../nbs/90_app/08_demo.ipynb #1f89674e
 @contextmanager
@@ -157,8 +164,10 @@ def run_demo(
         yard = Yard(seed, zone=ZONE)
         for camera in yard.cameras:
             add_camera(store, camera.id, camera.name, camera.zone)
-        with _simulation(seed, [camera.id for camera in yard.cameras]) as simulation:
+        with _simulation(seed, [camera.id for camera in yard.cameras]) as simulation, ThreadPoolExecutor(1) as aside:
+            tools = aside.submit(preload)  # PyTorch, while the yard is being drawn
             _first_nights(store, simulation, truth, reviewer, on_progress)
+            tools.result()
             prepare(store, at=after(nights(0, FIRST_NIGHTS)[-1]))
             first = train_candidate(home, recipe_for(home, seed=seed), on_progress=_part(on_progress, "first"), name="first")
             _put_in_charge(store, first, on_progress)

@@ -201,7 +201,9 @@ def _shaded(colour: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     "Light from above and an uneven coat"
     height, width = colour.shape[:2]
     y, x = (int(rng.integers(0, max(1, 1024 - side))) for side in (height, width))
-    coat = cv2.copyMakeBorder(_texture(), 0, max(0, height - 1024), 0, max(0, width - 1024), cv2.BORDER_REFLECT)
+    coat = _texture()
+    if max(height, width) > 1024:
+        coat = cv2.copyMakeBorder(coat, 0, max(0, height - 1024), 0, max(0, width - 1024), cv2.BORDER_REFLECT)
     coat = coat[y:y + height, x:x + width]
     light = np.linspace(1.16, 0.76, height, dtype=np.float32)[:, None] * coat
     return np.clip(colour * light[..., None], 0, 255).astype(np.uint8)

@@ -108,13 +108,26 @@ def _begin_sqlite(connection: sa.Connection) -> None:
     reading = connection.get_execution_options().get("only_reads", False)
     connection.exec_driver_sql("begin" if reading else "begin immediate")
 
+# %% ../../nbs/20_capture/01_schema.ipynb #a9f85182
+WRITERS_LOCK = 0x6465_6572  # the number that PostgreSQL knows the lock by: "deer"
+
+
+def _begin_postgresql(connection: sa.Connection) -> None:
+    reading = connection.get_execution_options().get("only_reads", False)
+    connection.exec_driver_sql("set transaction isolation level repeatable read read only" if reading else f"select pg_advisory_xact_lock({WRITERS_LOCK})")
+
 # %% ../../nbs/20_capture/01_schema.ipynb #8425ffda
 def open_engine(url: str) -> sa.Engine:
-    "An engine for a database URL, with SQLite made durable"
-    engine = sa.create_engine(url)
+    "An engine for a database URL: SQLite made durable, PostgreSQL through psycopg; one writer at a time in both"
+    address = sa.make_url(url)
+    if address.drivername in ("postgres", "postgresql"):
+        address = address.set(drivername="postgresql+psycopg")  # SQLAlchemy's default depends on its version
+    engine = sa.create_engine(address)
     if engine.dialect.name == "sqlite":
         sa.event.listen(engine, "connect", _configure_sqlite)
         sa.event.listen(engine, "begin", _begin_sqlite)
+    if engine.dialect.name == "postgresql":
+        sa.event.listen(engine, "begin", _begin_postgresql)
     return engine
 
 # %% ../../nbs/20_capture/01_schema.ipynb #b526d958

@@ -107,6 +107,7 @@ class SplitFiles:
     images: tuple[Path, ...]
     boxes: Mapping[int, int]  # class number -> boxes
     bytes: int
+    sizes: frozenset[Size]  # that occur among them, (width, height) in pixels
 
 
 def read_split(
@@ -115,17 +116,20 @@ def read_split(
     classes: int,  # how many there are
 ) -> SplitFiles:
     "Check every image and label of a split. Raises `BAD_LABELS`, `BAD_IMAGE`."
-    folder, size = dataset_dir / "labels" / split, 0
+    folder, length = dataset_dir / "labels" / split, 0
     boxes: Counter[int] = Counter()
+    sizes: set[Size] = set()
     images = sorted((dataset_dir / "images" / split).glob("*")) if (dataset_dir / "images" / split).is_dir() else []
     for image in images:
         data = image.read_bytes()
-        boxes.update(read_labels(folder / f"{image.stem}.txt", _size_of(image, data), classes))
-        size += len(data)
+        size = _size_of(image, data)
+        boxes.update(read_labels(folder / f"{image.stem}.txt", size, classes))
+        sizes.add(size)
+        length += len(data)
     alone = {path.stem for path in folder.glob("*.txt")} - {image.stem for image in images}
     if alone:
         _bad_labels(folder / f"{min(alone)}.txt", "The image that they belong to is missing.")
-    return SplitFiles(tuple(images), dict(boxes), size)
+    return SplitFiles(tuple(images), dict(boxes), length, frozenset(sizes))
 
 # %% ../../nbs/50_train/01_copies.ipynb #6460aec9
 def _size_of(path: Path, data: bytes) -> Size:

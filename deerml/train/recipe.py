@@ -115,6 +115,7 @@ def choose_device(asked: str = "") -> str:
 def options_of(
     recipe: Recipe,
     device: str,  # "cpu" or the number of a GPU
+    one_size: bool = False,  # have all pictures the same size?
 ) -> dict[str, Any]:
     "The recipe as options of Ultralytics' trainer"
     gpu = device != "cpu"
@@ -124,7 +125,7 @@ def options_of(
         "workers": min(8, os.cpu_count() or 1) if gpu else 0, "warmup_epochs": recipe.warmup_epochs, "mosaic": recipe.mosaic,
         "close_mosaic": min(10, recipe.epochs // 10 + 1) if recipe.mosaic else 0, "scale": recipe.scale, "freeze": recipe.freeze or None,
         "patience": recipe.patience, "cache": "ram" if recipe.cache_images else False, "time": recipe.minutes / 60 if recipe.minutes else None,
-        "deterministic": True, "plots": False, "verbose": True, **(by_hand if recipe.learning_rate else {"optimizer": "auto"}),
+        "rect": one_size and not recipe.mosaic, "deterministic": True, "plots": False, "verbose": True, **(by_hand if recipe.learning_rate else {"optimizer": "auto"}),
     }
 
 # %% ../../nbs/50_train/03_recipe.ipynb #ed217891
@@ -233,7 +234,7 @@ def _run(run_dir: Path, data: Path, base: Path, material: Material, recipe: Reci
     progress = on_screen(on_progress) if on_progress else None
     plan = Plan(base, images, validates, recipe.epochs, recipe.threads, recipe.freeze_epochs, progress)
     last = {"resume": str(base)} if goes_on else {}
-    options = options_of(recipe, choose_device(recipe.device))
+    options = options_of(recipe, choose_device(recipe.device), len(material.splits["train"].sizes) == 1)
     threads = torch.get_num_threads()
     try:
         with logged(run_dir / "train.log"):

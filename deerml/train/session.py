@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['Progress', 'EVENTS', 'Trainer', 'CHECKPOINT_S', 'REPORT_S', 'Plan', 'Quiet', 'DurablePath', 'Durable', 'lighten',
-           'Paced', 'HalfPrecision', 'half_precision_works', 'open_session', 'logged', 'on_screen', 'explained']
+           'Paced', 'HalfPrecision', 'half_precision_works', 'open_session', 'preload', 'logged', 'on_screen',
+           'explained']
 
 # %% ../../nbs/50_train/02_session.ipynb #15d4d806
+import importlib
 import io
 import json
 import logging
@@ -256,6 +258,13 @@ def open_session(
     quiet_ultralytics()
     from ultralytics.models.yolo.detect import DetectionTrainer
     return type("Session", (Paced, HalfPrecision, Durable, Quiet, DetectionTrainer), {})(plan, options)
+
+# %% ../../nbs/50_train/02_session.ipynb #c6dc4e90
+def preload() -> None:
+    "Import all that a training needs, so that it begins at once. Raises `NO_TRAINING_TOOLS`, `OLD_TORCH`, `OLD_ULTRALYTICS`."
+    quiet_ultralytics()
+    for name in ("torch._dynamo", "torch._inductor.config", "ultralytics.models.yolo.detect"):
+        importlib.import_module(name)
 
 # %% ../../nbs/50_train/02_session.ipynb #ec4b2be6
 @contextmanager
