@@ -6,6 +6,7 @@ import sqlite3
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from io import BytesIO
 from pathlib import Path
@@ -21,7 +22,16 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from PIL import Image
 
 from deerml.capture import schema
-from deerml.capture.store import NewFrame, Store, add_camera, add_frames, detections, frames_by_id, image_path, record_inference
+from deerml.capture.store import (
+    NewFrame,
+    Store,
+    add_camera,
+    add_frames,
+    detections,
+    frames_by_id,
+    image_path,
+    record_inference,
+)
 from deerml.capture.truth import BoxVerdict, FrameStatement, events_on, record, said_by, truths
 from deerml.core.box import Box
 from deerml.core.clock import parse_time
@@ -771,3 +781,14 @@ def test_a_verdict_reads_only_its_own_frames(store):
 
     ask(desk, **verdict("1", item, frame(1, statement="unsure")))
     assert rows and all(parameters for _, parameters in rows)
+
+
+def test_desks_in_several_threads_store_an_operation_once(tmp_path):
+    with make(tmp_path / "yard", (1, 1, 0, 0, 1, 0), seconds=900) as store:
+        desks = [Desk(store, "ann", MODEL) for _ in range(4)]
+        items = {item["id"]: item for item in ask(desks[0], type="choose", mode="single")[1]["items"]}
+        messages = [all_of(item, f"op-{number}") for number, item in enumerate(items.values())]
+        with ThreadPoolExecutor(4) as pool:
+            replies = list(pool.map(lambda desk: [ask(desk, **message)[0] for message in messages], desks))
+        assert {(reply["type"], reply["op_id"]) for of_desk in replies for reply in of_desk} == {("ack", message["op_id"]) for message in messages}
+        assert event_count(store) == sum(len(one["boxes"]) + 1 for message in messages for one in message["frames"])
