@@ -38,7 +38,7 @@ from starlette.types import Message, Receive
 
 from ..capture import schema
 from ..capture.store import Frame, NewFrame, Store, frames_by_id, ignore_known, image_bytes, image_path, insert_rows, write_images
-from ..capture.truth import COMPLETE, BoxVerdict, BoxWord, FrameStatement, FrameWord, Saying, State, Truth, active, fold, record_with
+from ..capture.truth import COMPLETE, BoxVerdict, BoxWord, FrameStatement, FrameWord, Saying, State, Truth, active, fold, nothing_missing, record_with
 from ..core.box import Box
 from ..core.clock import now, parse_time, stamp
 from ..core.durable import canonical_json, is_full, no_space, sha256_bytes
@@ -677,9 +677,9 @@ def sayings_of(
 # %% ../../nbs/90_app/02_api.ipynb #3f1a5e24
 def _statements(target: Target, word: FrameWord | None, there: set[str]) -> list[FrameStatement]:
     "The statement for all classes: what has no box although all is boxed is not here"
-    words = {"all_boxed": [label for label in target.classes if label in there], "nothing_here": [label for label in target.classes if label not in there]}
-    by_word = words if word == "all_boxed" else {word: list(target.classes)} if word else {}
-    return [FrameStatement(target.frame.id, said, tuple(classes)) for said, classes in by_word.items() if classes]
+    if word == "all_boxed":
+        return nothing_missing(target.frame.id, there, target.classes)
+    return [FrameStatement(target.frame.id, word, tuple(target.classes))] if word else []
 
 # %% ../../nbs/90_app/02_api.ipynb #6e9de4fc
 def _on_detections(target: Target, said: Review) -> list[BoxVerdict]:

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['BoxWord', 'FrameWord', 'State', 'COMPLETE', 'AGREEMENT_IOU', 'Saying', 'BoxVerdict', 'TruthBox', 'FrameStatement',
-           'Undo', 'all_correct', 'all_wrong', 'record', 'record_with', 'ClassTruth', 'active', 'fold', 'said_by',
-           'CompleteTruth', 'Truth', 'events_on', 'truths', 'complete_truths']
+           'Undo', 'nothing_missing', 'all_correct', 'all_wrong', 'record', 'record_with', 'ClassTruth', 'active',
+           'fold', 'said_by', 'CompleteTruth', 'Truth', 'events_on', 'truths', 'complete_truths']
 
 # %% ../../nbs/20_capture/03_truth.ipynb #ccd71e7b
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 from uuid import uuid4
@@ -70,13 +70,23 @@ class Undo:
     of: str  # the operation id of that event
     operation_id: str = field(default_factory=lambda: uuid4().hex)
 
+# %% ../../nbs/20_capture/03_truth.ipynb #d8dd6453
+def nothing_missing(
+    frame_id: int,
+    boxed: Collection[str],  # labels of the boxes that stand
+    classes: Sequence[str],  # those that were asked about
+) -> list[FrameStatement]:
+    "What it means that no animal is missing: each class is all boxed, or not here"
+    words = {"all_boxed": [label for label in classes if label in boxed], "nothing_here": [label for label in classes if label not in boxed]}
+    return [FrameStatement(frame_id, word, tuple(labels)) for word, labels in words.items() if labels]
+
 # %% ../../nbs/20_capture/03_truth.ipynb #25331a6f
 def all_correct(shown: Sequence[StoredDetection], classes: Sequence[str]) -> list[BoxVerdict | FrameStatement]:
     "Key C. Raises `NOTHING_SHOWN` when there is no box to confirm."
     if not shown:
         raise DeermlError("NOTHING_SHOWN", "There is no box to confirm on this frame.", next_step="Say that nothing is here, or draw what was missed.")
     verdicts = [BoxVerdict(one.frame_id, "correct", one.label, one.box, one.id) for one in shown]
-    return [*verdicts, FrameStatement(shown[0].frame_id, "all_boxed", tuple(classes))]
+    return [*verdicts, *nothing_missing(shown[0].frame_id, {one.label for one in shown}, classes)]
 
 # %% ../../nbs/20_capture/03_truth.ipynb #2244fc12
 def all_wrong(

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 from ..capture import schema
 from ..capture.store import Frame, Store, StoredDetection, frames_by_id
-from ..capture.truth import BoxVerdict, BoxWord, FrameStatement, Saying, Undo, events_on, record_with
+from ..capture.truth import BoxVerdict, BoxWord, FrameStatement, Saying, Undo, events_on, nothing_missing, record_with
 from ..core.box import Box
 from ..core.errors import DeermlError
 from .items import ItemName, Standing, View, can_be_seen, detections_by_id, item_name, standing
@@ -202,13 +202,12 @@ def statement_sayings(
         return []
     if word == "unsure":
         return [FrameStatement(frame.id, "unsure", tuple(classes))]
-    boxed = tuple(label for label in classes if any(label == one for _, one in surviving))
+    boxed = {label for _, label in surviving if label in classes}
     if word == "all_boxed" and not boxed:
         refuse("NOT_COMPLETE_STATEMENT", f"No box is left on frame {frame.id}, so its animals cannot all be boxed.", next_step="Say that nothing is here, or draw the animal.")
     if word == "nothing_here" and boxed:
         refuse("NOT_COMPLETE_STATEMENT", f"A box stands on frame {frame.id}, so something is there.", next_step="Say that the box is wrong first.")
-    empty = tuple(label for label in classes if label not in boxed)
-    return [FrameStatement(frame.id, said, of) for said, of in (("all_boxed", boxed), ("nothing_here", empty)) if of]
+    return nothing_missing(frame.id, boxed, classes)
 
 # %% ../../nbs/30_review/03_verdicts.ipynb #49af622d
 def frame_sayings(
