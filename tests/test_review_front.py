@@ -234,7 +234,10 @@ def test_a_broken_and_a_lost_image_can_be_skipped(opened):
 @pytest.mark.slow
 def test_undo_shows_ten_items_again_without_loading(opened):
     page = opened(items=12, frames=1)
-    press(page, *"c" * 10)
+    for shown in range(10):
+        page.wait_for_function(f"painted.length > {shown}")
+        page.wait_for_timeout(SETTLE_MS)
+        press(page, "c")
     before = len(sent(page, "image"))
     press(page, *"z" * 10)
     assert "21:10" in title(page) and len(sent(page, "undo")) == 10 and len(sent(page, "image")) == before

@@ -23,6 +23,7 @@ from ..capture.store import Frame, Store, detections, frames_by_id, image_bytes
 from ..capture.truth import COMPLETE, events_on, truths
 from ..capture.visits import visits_of
 from ..core.clock import now
+from ..core.durable import sha256_bytes
 from ..core.errors import DeermlError
 from ..model.bundle import Bundle, champion
 from .items import (
@@ -322,7 +323,8 @@ class Desk:
         with self.view.store.read() as connection:
             cameras = [{"id": one, "name": name} for one, name in connection.execute(sa.select(table.id, table.name).order_by(table.name))]
         return {"type": "hello", "classes": list(self.view.classes), "reviewer": self.view.reviewer, "mode": agenda.mode, "choice": agenda.choice.model_dump(),
-                "read_only": is_read_only(self.view.store), "cameras": cameras, "progress": agenda.progress(), "words": agenda.words(), "generation": agenda.generation}
+                "read_only": is_read_only(self.view.store), "cameras": cameras, "progress": agenda.progress(), "words": agenda.words(), "generation": agenda.generation,
+                "store": sha256_bytes(str(self.view.store.home.path).encode())[:16]}  # what a browser keeps for one home must not reach another
 
     def _image(self, message: WantedImage) -> Iterator[Reply]:
         if message.frame_id is not None:
