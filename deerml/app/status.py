@@ -26,10 +26,11 @@ from ..capture import schema
 from ..capture.backup import Findings, list_backups, verify
 from ..capture.store import Store, frames
 from ..capture.truth import truths
-from ..core.clock import stamp
+from ..core.clock import now, stamp
 from ..core.errors import DeermlError
 from ..core.settings import Home
 from ..data.version import list_versions, verify_version
+from ..review.queue import tonight, undrawn_nights
 from ..ship.release import list_releases
 
 # %% ../../nbs/90_app/01_status.ipynb #24e35695
@@ -71,9 +72,9 @@ def _counted(things: Collection, one: str, many: str) -> str:
 def _next(store: Store, count: int, known: int, versions: Sequence, runs: Sequence, releases: Sequence, acting: object) -> tuple[str, str]:
     "The first step whose result is missing or old"
     if not count:
-        return "deerml import coco FOLDER", "There are no frames yet."
+        return "deerml import folder FOLDER", "There are no frames yet."
     if not known:
-        return "review some frames", f"None of the {count} frames has complete truth, and only that is trained on."
+        return "deerml review", f"None of the {count} frames has complete truth, and only that is trained on."
     if not versions or _reviewed_since(store, versions[-1].path):
         return "deerml prepare", "Frames were reviewed since the last dataset was frozen." if versions else "No dataset was frozen yet."
     if not runs or runs[-1].result["dataset"] != versions[-1].name:
@@ -86,7 +87,11 @@ def _next(store: Store, count: int, known: int, versions: Sequence, runs: Sequen
         return "deerml publish", f"The model {sealed[:12]} was judged: {judged['verdict'].replace('_', ' ')}."
     if judged["verdict"] in ("promote", "first") and (acting is None or acting.digest != sealed):
         return "deerml deploy", f"Release {releases[-1].version} is not deployed yet."
-    return "review what the next nights bring", "The newest model was judged, and the loop waits for new frames."
+    if undrawn_nights(store, now()).due:
+        return "deerml review", "Nights are over and wait to be drawn for review."
+    if (asked := tonight(store)).waiting:
+        return "deerml review", asked.words
+    return "wait for the next night", "The newest model was judged, and the loop waits for new frames."
 
 # %% ../../nbs/90_app/01_status.ipynb #0e488c75
 def _reviewed_since(store: Store, folder: Path) -> bool:
