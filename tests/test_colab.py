@@ -75,7 +75,7 @@ def test_the_review_notebook_works_on_a_pack_elsewhere_and_sends_the_verdicts(re
     with open_newest_review(drive, work / "review") as away:
         record(away, "ann", [FrameStatement(frames(away)[0].id, "nothing_here", ("deer",))])
     said, pictures = run_review(work, {"shared_folder": str(tmp_path / "drive")})
-    assert "This is a copy from the review pack" in said and "1 review events were sent" in said and pictures == 2
+    assert "This is a copy from the review pack" in said and "Sent: 1 review event." in said and pictures == 2
     assert merge_verdicts(reviewed, drive).events == 1
 
 

@@ -247,7 +247,7 @@ def test_a_broken_frame_is_left_out_and_named(server):
     path.unlink()
     pack = server.push()
     assert len(pack.left_out) == 1 and len(pack.content.frames) == FRAMES - 1
-    assert "1 frames without a usable image" in sync_review(server.store, server.bundle).sentence
+    assert "1 frame without a usable image" in sync_review(server.store, server.bundle).sentence
 
 
 def test_a_second_opening_goes_on_where_the_first_stopped(server):
@@ -633,7 +633,7 @@ def test_verdicts_of_a_pack_that_is_no_longer_the_newest_are_sent_too(server):
     server.push()
     with server.away() as newer:
         assert len(frames(newer)) < FRAMES
-        assert send_verdicts(ReviewPlace(newer, server.remote)).startswith("2 review events were sent")
+        assert send_verdicts(ReviewPlace(newer, server.remote)).startswith("Sent: 2 review events.")
     assert merge_verdicts(server.store, server.remote).events == 2
 
 
@@ -671,5 +671,5 @@ def test_the_command_goes_both_ways(arrived, written):
 
 def test_the_report_is_for_people(server):
     report = sync_review(server.store, server.bundle)
-    assert report.sentence.startswith("0 new review events from 0 files. 4 windows with 8 photographs (")
+    assert report.sentence.startswith("No new verdicts arrived. The review pack: 4 windows with 8 photographs (")
     assert "so no pack was made" in replace(report, pack=None).sentence

@@ -171,6 +171,10 @@ def push_verdicts(
     return sum(file.events for file in files)
 
 # %% ../../nbs/40_data/06_verdicts.ipynb #45f034be
+def _many(count: int, thing: str) -> str:
+    return f"{count} {thing}{'' if count == 1 else 's'}"
+
+# %% ../../nbs/40_data/06_verdicts.ipynb #f56be263
 @dataclass(frozen=True)
 class Problem:
     "A file that was not merged"
@@ -192,8 +196,10 @@ class MergeReport:
 
     @property
     def sentence(self) -> str:
-        said = f"{self.events} new review events from {self.files} files" + (f" ({', '.join(self.reviewers)})" if self.reviewers else "")
-        return said + (f"; {len(self.problems)} files could not be merged." if self.problems else ".")
+        if not self.files and not self.problems:
+            return "No new verdicts arrived."
+        said = f"{_many(self.events, 'new review event')} from {_many(self.files, 'file')}" + (f" ({', '.join(self.reviewers)})" if self.reviewers else "")
+        return said + (f"; {_many(len(self.problems), 'file')} could not be merged." if self.problems else ".")
 
 # %% ../../nbs/40_data/06_verdicts.ipynb #8e5fd9a6
 class _Refused(Exception):
@@ -380,8 +386,8 @@ class ReviewSync:
     def sentence(self) -> str:
         if self.pack is None:
             return f"{self.merged.sentence} No window waits for a review, so no pack was made."
-        lacking = f", {len(self.left_out)} frames without a usable image left out" if self.left_out else ""
-        return f"{self.merged.sentence} {self.windows} windows with {self.frames} photographs ({self.byte_count / 1e6:.1f} MB) wait in the review pack{lacking}."
+        lacking = f"; {_many(len(self.left_out), 'frame')} without a usable image left out" if self.left_out else ""
+        return f"{self.merged.sentence} The review pack: {_many(self.windows, 'window')} with {_many(self.frames, 'photograph')} ({self.byte_count / 1e6:.1f} MB){lacking}."
 
 # %% ../../nbs/40_data/06_verdicts.ipynb #3d8347b6
 def sync_review(
@@ -444,4 +450,4 @@ def send_verdicts(place: ReviewPlace) -> str:
     for path in sorted(place.store.home.path.parent.glob("review-*")):
         with Store.open(Home.open(path)) as store:
             sent += push_verdicts(store, place.remote) if pack_of(store) else 0
-    return f"{sent} review events were sent. The server merges them with `deerml sync review`." if sent else "Everything was sent already."
+    return f"Sent: {_many(sent, 'review event')}. The server merges them with `deerml sync review`." if sent else "Everything was sent already."
