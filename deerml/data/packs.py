@@ -31,7 +31,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..capture import schema
 from ..capture.store import Frame, Store, detections, frames, image_bytes, image_path
-from ..capture.truth import active, truths
 from ..core.box import Box
 from ..core.clock import now, parse_time, stamp, zone_of
 from ..core.durable import canonical_json, fsync_folder, sha256_bytes, swap_link, write_file
@@ -41,7 +40,7 @@ from ..core.settings import Home
 from .remote import MAX_FILE_BYTES, FolderRemote, Remote
 from ..model.bundle import Bundle, parse_serving
 from ..model.detector import decode
-from ..review.queue import Window
+from ..review.queue import Window, tonight
 
 # %% ../../nbs/40_data/05_packs.ipynb #4196ebe5
 SCHEMA_VERSION = 1  # of review.json
@@ -51,7 +50,7 @@ JPEG_QUALITY = 90  # a person sees no difference, and the pack is half as large 
 MAX_IMAGE_BYTES = 50 << 20
 MAX_CONTENT_BYTES = 64 << 20
 MAX_FRAMES = 20_000
-CARRIED = ("zone", "keep_score", "weekly_windows")  # settings, beside the classes, that a review depends on
+CARRIED = ("zone", "keep_score", "shown_from", "weekly_windows")  # settings, beside the classes, that a review depends on
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 
 # %% ../../nbs/40_data/05_packs.ipynb #8bb805d5
@@ -156,24 +155,9 @@ def waiting_windows(
     store: Store,
     limit: int | None = None,  # default: a week's worth
 ) -> list[Window]:
-    "Drawn windows that ask for a person"
+    "Windows of the queue that ask for a person"
     limit = store.home.settings.weekly_windows if limit is None else limit
-    open_windows = {(frame.camera, frame.window) for frame in _waiting_frames(store)}
-    table = schema.draw_window.c
-    query = sa.select(table.camera, table.window).select_from(schema.draw_window.join(schema.draw)).order_by(schema.draw.c.night.desc(), table.position, table.id)
-    with store.read() as connection:
-        return [(camera, window) for camera, window in connection.execute(query) if (camera, window) in open_windows][:limit]
-
-# %% ../../nbs/40_data/05_packs.ipynb #53350fb2
-def _waiting_frames(store: Store) -> list[Frame]:
-    classes = store.home.settings.classes
-    known = truths(store, classes)
-    with store.read() as connection:
-        events = connection.execute(sa.select(schema.review_event).order_by(schema.review_event.c.id)).all()
-    unsure = {event.frame_id for event in active(events) if event.verdict == "unsure"}
-    finished = {frame_id for frame_id, truth in known.items() if truth.state(classes) not in ("unreviewed", "in_progress")}
-    every = frames(store, schema.frame.c.taken_at.is_not(None), schema.image.c.expired_at.is_(None))
-    return [frame for frame in every if frame.id not in unsure | finished]
+    return [window.key for window in tonight(store).waiting][:limit]
 
 # %% ../../nbs/40_data/05_packs.ipynb #48454d52
 @dataclass(frozen=True)

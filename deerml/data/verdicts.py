@@ -30,6 +30,7 @@ from ..core.settings import Home
 from .packs import Progress, allowed_remote, make_review_pack, open_newest_review, pack_of, push_review_pack, waiting_windows
 from .remote import FolderRemote, Remote
 from ..model.bundle import Bundle
+from ..review.queue import close_due, follow
 
 # %% ../../nbs/40_data/06_verdicts.ipynb #217b63fd
 SCHEMA_VERSION = 1  # of a verdict file
@@ -397,9 +398,12 @@ def sync_review(
     dry_run: bool = False,  # nothing is stored and nothing leaves?
     on_progress: Progress | None = None,
 ) -> ReviewSync:
-    "Merge verdict files and push a pack of the windows that wait. Raises `NOTHING_LEAVES`, `NO_REMOTE`."
+    "Merge verdict files, draw the nights that are over, and push a pack of what waits. Raises `NOTHING_LEAVES`, `NO_REMOTE`."
     remote = remote or allowed_remote(store.home)
     merged = merge_verdicts(store, remote, dry_run, on_progress)
+    if not dry_run:
+        close_due(store, bundle.digest if bundle else None)
+        follow(store)
     windows = waiting_windows(store)
     if not windows:
         return ReviewSync(merged, 0, 0, 0, None)
