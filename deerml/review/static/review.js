@@ -940,7 +940,8 @@ class Review {
         if (part && !own && item.frames.every((frame) => frame.statement)) item.done = true;
       }
     }
-    this.renderProgress(message.progress);
+    if (message.progress?.total) this.renderProgress(message.progress); // a desk that has just begun has no total yet
+    else this.renderSaving();
     if (message.note) this.say(message.note);
     if (this.item?.done && !own) this.advance();
     else if (this.item?.kind === "strip") this.renderStrip();
