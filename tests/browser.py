@@ -1,5 +1,7 @@
 """A browser for the tests that need one, and the reasons for which they are skipped without it."""
 import shutil
+import subprocess
+import tarfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,3 +64,27 @@ def served(**folders: Path) -> Iterator[str]:
     server.shutdown()
     server.server_close()
     thread.join()
+
+
+def drag(page, start: tuple[float, float], end: tuple[float, float]) -> None:
+    "Press, move and release the mouse"
+    page.mouse.move(*start)
+    page.mouse.down()
+    page.mouse.move((start[0] + end[0]) / 2, (start[1] + end[1]) / 2)
+    page.mouse.move(*end)
+    page.mouse.up()
+
+
+def axe(folder: Path) -> str:
+    "The source of axe-core, from the registry through npm, kept in `folder`. Skips the test, with the reason, where it cannot be had."
+    if not list(folder.glob("axe-core-*.tgz")):
+        if shutil.which("npm") is None:
+            pytest.skip("npm is absent, and axe-core comes from there")
+        try:
+            packed = subprocess.run(["npm", "pack", "axe-core", "--silent"], cwd=folder, capture_output=True, text=True, timeout=60)
+        except subprocess.TimeoutExpired:
+            pytest.skip("the registry did not answer within a minute")
+        if packed.returncode:
+            pytest.skip(f"axe-core could not be fetched: {packed.stderr.strip()[:200]}")
+    with tarfile.open(next(folder.glob("axe-core-*.tgz"))) as archive:
+        return archive.extractfile("package/axe.min.js").read().decode()

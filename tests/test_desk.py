@@ -639,7 +639,7 @@ def test_an_image_that_is_gone_or_broken_is_shown_as_such_and_cannot_be_judged(s
     assert refused(desk, verdict("2", item, frame(2, statement="nothing_here"))) == "NO_FRAME"
     ack = ask(desk, **verdict("3", item, frame(2, statement="unsure"), frame(3, statement="nothing_here")))
     assert ack[0]["type"] == "ack" and ack[0]["progress"]["done"] == 1  # the one that is gone holds nothing up
-    assert ack[-1]["summary"].endswith("1 image could not be shown.")
+    assert ack[-1]["summary"].endswith("2 images could not be shown.")
 
 
 def test_a_crop_of_a_missing_image_is_left_out(store):

@@ -1,12 +1,9 @@
 """The browser side of a review, in Chromium, before a desk that lives in the page (review_page.html)."""
 import json
-import shutil
-import subprocess
-import tarfile
 
 import pytest
 
-from browser import ROOT, launched, served
+from browser import ROOT, axe, drag, launched, served
 
 STATIC = ROOT / "deerml/review/static"
 SETTLE_MS = 180  # longer than a picture must have been on the screen
@@ -71,14 +68,6 @@ def words(message):
 
 def title(page):
     return page.locator("h2").inner_text()
-
-
-def drag(page, start, end):
-    page.mouse.move(*start)
-    page.mouse.down()
-    page.mouse.move((start[0] + end[0]) / 2, (start[1] + end[1]) / 2)
-    page.mouse.move(*end)
-    page.mouse.up()
 
 
 # -- keys -------------------------------------------------------------------------------------------------------
@@ -193,6 +182,16 @@ def test_keyboard_alone_walks_through_and_out(opened):
     assert [message["key"] for message in sent(page)] == ["M", "adjust", "B"]
     press(page, "Escape")
     assert not page.evaluate(within)
+
+
+@pytest.mark.slow
+def test_a_button_that_goes_leaves_the_keys_alive(opened):
+    page = opened(frames=1)
+    for open_key, button, close_key in [("m", ".do-place", "Escape"), ("f", ".do-yes", "Escape"), ("f", ".do-yes", "m")]:
+        press(page, open_key)
+        page.locator(button).focus()
+        press(page, close_key)
+        assert page.evaluate("document.activeElement.className").startswith("deerml-review"), (button, close_key)
 
 
 # -- seen before judged -----------------------------------------------------------------------------------------
@@ -463,23 +462,9 @@ def test_no_other_host_is_asked(opened, address):
     assert "http" not in (STATIC / "review.css").read_text() and "@import" not in (STATIC / "review.css").read_text()
 
 
-def axe(folder):
-    "The source of axe-core, from the registry through npm"
-    if shutil.which("npm") is None:
-        pytest.skip("npm is absent, and axe-core comes from there")
-    try:
-        packed = subprocess.run(["npm", "pack", "axe-core", "--silent"], cwd=folder, capture_output=True, text=True, timeout=60)
-    except subprocess.TimeoutExpired:
-        pytest.skip("the registry did not answer within a minute")
-    if packed.returncode:
-        pytest.skip(f"axe-core could not be fetched: {packed.stderr.strip()[:200]}")
-    with tarfile.open(next(folder.glob("axe-core-*.tgz"))) as archive:
-        return archive.extractfile("package/axe.min.js").read().decode()
-
-
 @pytest.mark.slow
-def test_axe_finds_nothing_serious(opened, tmp_path):
-    source = axe(tmp_path)
+def test_axe_finds_nothing_serious(opened, pytestconfig):
+    source = axe(pytestconfig.cache.mkdir("axe"))
     for scheme in ["light", "dark"]:
         for wanted, keys in [({"boxes": 2}, []), ({"boxes": 2}, ["Tab"]), ({}, ["f"]), ({}, ["?"]), ({}, ["m"]), ({"mode": "grid"}, ["1"]), ({"items": 1}, ["c"])]:
             page = opened(context={"color_scheme": scheme}, **wanted)

@@ -44,6 +44,7 @@ class Session:
     complete_before: dict[int, bool] = field(default_factory=dict)  # by frame that was touched
     statements: dict[int, str] = field(default_factory=dict)  # by frame
     crops: dict[str, str] = field(default_factory=dict)  # by box key
+    unseen: set[int] = field(default_factory=set)  # frames that came without an image
     paces: deque = field(default_factory=lambda: deque(maxlen=50))  # (seconds, images) of the items judged last
     seconds: float = 0.0  # looked at all of them
 
@@ -66,7 +67,8 @@ class Session:
 # %% ../../nbs/30_review/04_desk.ipynb #68833973
 def summary_of(view: View, session: Session) -> str:
     "One sentence on what the verdicts of a sitting changed"
-    unseen = f" {count(len(view.broken), 'image')} could not be shown." if view.broken else ""
+    missing = view.broken | session.unseen
+    unseen = f" {count(len(missing), 'image')} could not be shown." if missing else ""
     if not session.statements and not session.crops:
         return f"Nothing was judged.{unseen}"
     touched = frames_by_id(view.store, session.complete_before)
@@ -312,6 +314,7 @@ class Desk:
             agenda.extend()
         names = agenda.plan.items[start:start + number]
         items = [build_item(self.view, item_name(name)) | {"done": name in agenda.done} for name in names]
+        self.session.unseen |= {entry["id"] for item in items for entry in item.get("frames", ()) if entry["problem"]}
         yield {"type": "items", "generation": agenda.generation, "items": items}, []
         for item in items:
             yield from self.gallery.of_item(item, have)

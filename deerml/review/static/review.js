@@ -940,7 +940,8 @@ class Review {
         if (part && !own && item.frames.every((frame) => frame.statement)) item.done = true;
       }
     }
-    this.renderProgress(message.progress);
+    if (message.progress?.total) this.renderProgress(message.progress); // a desk that has just begun has no total yet
+    else this.renderSaving();
     if (message.note) this.say(message.note);
     if (this.item?.done && !own) this.advance();
     else if (this.item?.kind === "strip") this.renderStrip();
@@ -1438,7 +1439,15 @@ class Review {
     const press = { shift: event.shiftKey, alt: event.altKey, time: event.timeStamp };
     const native = event.target !== this.root && ["Enter", " ", "Tab"].includes(event.key) && event.target.closest("button");
     if (native) return;
+    this.leaving = false;
     if (this.pressed(event, press)) event.preventDefault();
+    if (!this.leaving) this.keepFocus();
+  }
+
+  // A button that is gone has taken the focus with it, and the keys would be dead.
+  keepFocus() {
+    const at = document.activeElement;
+    if (!this.root.contains(at) || at.closest("[hidden]")) this.root.focus({ preventScroll: true });
   }
 
   // Says whether the key was one of ours.
@@ -1507,6 +1516,7 @@ class Review {
     if (this.playing) return this.play(false);
     if (this.selected) return this.select(null);
     if (this.drawing) return this.setDrawing(false);
+    this.leaving = true;
     document.activeElement?.blur();
   }
 
@@ -1524,8 +1534,7 @@ class Review {
     if (action) this.act(action, { shift: event.shiftKey, alt: event.altKey, time: event.timeStamp });
     else if (frame) this.go(Number(frame));
     else this.choose(mode ?? (this.mode === "grid" && what !== "queue" ? "strip" : this.mode), what && { what });
-    // A button that is gone has taken the focus with it.
-    if (!this.root.contains(document.activeElement)) this.root.focus({ preventScroll: true });
+    this.keepFocus();
   }
 
   change(event) {
