@@ -1,6 +1,7 @@
 """The whole loop through the command line, in small: a demo of a few nights, then the commands on its home."""
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,8 @@ def small(tmp_path_factory) -> tuple[Path, dict]:
     "The home and the answer of a demo with few nights and hardly any training"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "FIRST_NIGHTS", 6)
-        patch.setattr(demo, "LATER_NIGHTS", 9)
+        patch.setattr(demo, "LATER_NIGHTS", 8)
+        patch.setattr(demo, "Yard", partial(demo.Yard, cameras=3))
         patch.setattr(demo, "SETTINGS", demo.SETTINGS | {"epochs": 2, "image_size": 96})
         patch.setattr(demo, "WARM", {"epochs": 2, "batch": 16})
         home = tmp_path_factory.mktemp("loop") / "yard"

@@ -86,7 +86,7 @@ def test_saving_again_changes_nothing(project):
 
 
 @pytest.mark.parametrize(("text", "notebook"), [
-    ("index.py", "nbs/index.ipynb"), ("90_app/09_cli.py", "nbs/90_app/03_cli.ipynb"),
+    ("index.py", "nbs/index.ipynb"), ("90_app/09_cli.py", "nbs/90_app/09_cli.ipynb"),
     ("colab/train.py", "colab/train.ipynb"),
 ])
 def test_folders_and_colab_have_their_place(project, text, notebook):
