@@ -1679,7 +1679,7 @@ class Review {
     const { item } = this;
     const part = item?.part && item.part[1] > 1 ? ` · part ${item.part[0]} of ${item.part[1]}` : "";
     this.title.textContent = item ? `${item.title}${part}` : this.ended ? "All done" : "Review";
-    this.subtitle.textContent = this.words ?? "";
+    this.subtitle.textContent = item || !this.ended ? this.words ?? "" : ""; // what was asked is over
     const state = JSON.stringify([this.mode, this.choice, this.cameras]);
     if (state !== this.chooserState) this.renderChooser(this.choice?.what ?? "queue");
     this.chooserState = state;
