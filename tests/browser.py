@@ -1,8 +1,15 @@
 """A browser for the tests that need one, and the reasons for which they are skipped without it."""
+import json
+import os
+import secrets
 import shutil
+import socket
 import subprocess
+import sys
 import tarfile
 import threading
+import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -88,3 +95,62 @@ def axe(folder: Path) -> str:
             pytest.skip(f"axe-core could not be fetched: {packed.stderr.strip()[:200]}")
     with tarfile.open(next(folder.glob("axe-core-*.tgz"))) as archive:
         return archive.extractfile("package/axe.min.js").read().decode()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return found.getsockname()[1]
+
+
+def notebook_of(path: Path, *cells: str) -> Path:
+    "A notebook with these cells of code"
+    told = [{"cell_type": "code", "execution_count": None, "id": f"cell-{n}", "metadata": {}, "outputs": [], "source": source} for n, source in enumerate(cells)]
+    kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+    path.write_text(json.dumps({"cells": told, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}))
+    return path
+
+
+@contextmanager
+def jupyter_lab(folder: Path) -> Iterator[tuple[str, str, int]]:
+    "JupyterLab on loopback, with settings of its own: its address, its token and its process. Skips the test where it is not installed."
+    pytest.importorskip("jupyterlab", reason="JupyterLab is not installed: pip install 'deerml[notebook]'")
+    port, token = free_port(), secrets.token_hex(16)
+    own = {f"JUPYTER_{name}_DIR": str(folder / ".jupyter" / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")} | {"JUPYTERLAB_SETTINGS_DIR": str(folder / ".jupyter/settings"), "JUPYTERLAB_WORKSPACES_DIR": str(folder / ".jupyter/workspaces")}
+    options = [f"--ServerApp.port={port}", "--ServerApp.ip=127.0.0.1", "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder}", "--ServerApp.open_browser=False",
+               "--LabApp.expose_app_in_browser=True", "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", *(["--allow-root"] if os.geteuid() == 0 else [])]
+    asked = folder / ".jupyter/settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
+    asked.parent.mkdir(parents=True)
+    asked.write_text('{"fetchNews": "false", "checkForUpdates": false}')  # or it asks, over the review
+    with open(folder / "lab.log", "w") as log:
+        process = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], cwd=folder, stdout=log, stderr=log, env=os.environ | own | {"PYTHONPATH": str(ROOT)})
+        try:
+            _wait_for(f"http://127.0.0.1:{port}/api/status?token={token}", process)
+            yield f"http://127.0.0.1:{port}", token, process.pid
+        finally:
+            process.terminate()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _wait_for(url: str, process: subprocess.Popen, seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while True:
+        assert process.poll() is None and time.monotonic() < end, f"no server at {url.split('?')[0]}"
+        try:
+            return urllib.request.urlopen(url, timeout=5).close()
+        except OSError:
+            time.sleep(0.2)
+
+
+def open_notebook(page, address: str, token: str, name: str) -> None:
+    "The notebook in JupyterLab, with its kernel ready"
+    page.goto(f"{address}/doc/tree/{name}?token={token}")
+    page.wait_for_function("window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'", timeout=90_000)
+
+
+def run_all(page) -> None:
+    page.evaluate("jupyterapp.commands.execute('notebook:run-all-cells')")
+    page.wait_for_selector(".deerml-review", timeout=60_000)

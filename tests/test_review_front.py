@@ -166,6 +166,14 @@ def test_keys_belong_to_the_widget_alone(opened):
     assert page.locator(".deerml-review").get_attribute("data-lm-suppress-shortcuts") == "true"
 
 
+def test_a_click_is_not_taken_for_one_on_the_host(opened):
+    page = opened()
+    page.evaluate("document.querySelector('main').dataset.mode = 'command'")
+    page.locator(".view").click(position={"x": 5, "y": 5})
+    press(page, "c")
+    assert not sent(page, "choose") and len(sent(page)) == 1
+
+
 @pytest.mark.slow
 def test_keyboard_alone_walks_through_and_out(opened):
     page = opened(frames=1, boxes=2)

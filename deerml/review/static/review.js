@@ -1528,7 +1528,7 @@ class Review {
 
   click(event) {
     const control = event.target.closest("[data-action], [data-frame], [data-mode], [data-what]");
-    if (!control) return;
+    if (!control || !this.root.contains(control)) return; // JupyterLab's own elements have such attributes as well
     const { action, frame, mode, what } = control.dataset;
     if (event.detail) this.root.focus({ preventScroll: true }); // Space must not press a clicked button again
     if (action) this.act(action, { shift: event.shiftKey, alt: event.altKey, time: event.timeStamp });
