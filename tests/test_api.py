@@ -14,8 +14,10 @@ import sqlalchemy as sa
 from fastapi import Depends, FastAPI, Header, HTTPException
 from fastapi.testclient import TestClient
 
-from deerml.app.api import Asked, Reviewed, api_router, from_cursor, page_of, to_cursor
+from deerml.app import intake, sightings
+from deerml.app.api import api_router
 from deerml.app.server import make_app
+from deerml.app.sightings import Asked, Reviewed, from_cursor, page_of, to_cursor
 from deerml.capture import schema
 from deerml.capture.store import Store, frames, image_path
 from deerml.core.settings import Home
@@ -352,9 +354,8 @@ def test_questions_that_cannot_be(client, params):
 
 
 def test_a_filter_that_finds_little_still_ends(deer_client, monkeypatch):
-    import deerml.app.api as api
-    monkeypatch.setattr(api, "PIECE", 2)
-    monkeypatch.setattr(api, "PIECES", 2)
+    monkeypatch.setattr(sightings, "PIECE", 2)
+    monkeypatch.setattr(sightings, "PIECES", 2)
     for seed in range(1, 10):
         post(deer_client, seed=seed)
     review(deer_client, 9, verdict="correct")
@@ -410,19 +411,16 @@ def test_a_locked_database_says_when_to_come_again(client, home):
 
 
 def test_a_full_disk(client, monkeypatch):
-    import deerml.app.api as api
-
     def full(*_):
         raise OSError(28, "No space left on device", "x")
 
-    monkeypatch.setattr(api, "write_images", full)
+    monkeypatch.setattr(intake, "write_images", full)
     refused(post(client), 507, "NO_SPACE")
     assert counts(client) == [0] * 6
 
 
 def test_what_nobody_foresaw_tells_no_secret(client, monkeypatch):
-    import deerml.app.api as api
-    monkeypatch.setattr(api, "write_images", lambda *_: 1 / 0)
+    monkeypatch.setattr(intake, "write_images", lambda *_: 1 / 0)
     answer = post(client)
     refused(answer, 500, "BUG")
     assert "division" not in answer.text
