@@ -21,7 +21,16 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from PIL import Image
 
 from deerml.capture import schema
-from deerml.capture.store import NewFrame, Store, add_camera, add_frames, detections, frames_by_id, image_path, record_inference
+from deerml.capture.store import (
+    NewFrame,
+    Store,
+    add_camera,
+    add_frames,
+    detections,
+    frames_by_id,
+    image_path,
+    record_inference,
+)
 from deerml.capture.truth import BoxVerdict, FrameStatement, events_on, record, said_by, truths
 from deerml.core.box import Box
 from deerml.core.clock import parse_time

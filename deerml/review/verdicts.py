@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Annotated, Literal, NoReturn
 
 import sqlalchemy as sa
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 from ..capture import schema
 from ..capture.store import Frame, Store, StoredDetection, frames_by_id
