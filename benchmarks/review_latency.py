@@ -20,10 +20,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
+import httpx
 import numpy as np
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "tests")]
-from browser import jupyter_lab, launched, notebook_of, open_notebook, run_all  # noqa: E402
+from browser import free_port, jupyter_lab, launched, notebook_of, open_notebook, run_all, wait_for  # noqa: E402
 from deerml.core.box import Box  # noqa: E402
 from review_homes import Shot, review_home  # noqa: E402
 
@@ -53,12 +54,12 @@ SATURATED = """(count) => new Promise((done) => {
 def pictures(count: int) -> list[bytes]:
     "JPEGs of about 300 KB, all different: the noise of one, moved"
     random = np.random.default_rng(0)
-    noise = cv2.randn(np.empty((HEIGHT, WIDTH, 3), np.int16), 0, 14)
+    noise = cv2.randn(np.empty((HEIGHT, WIDTH, 3), np.int16), 0, 40)
     result = []
     for _ in range(count):
         coarse = cv2.resize(random.integers(30, 200, (6, 9, 3), np.uint8), (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
         pixels = np.clip(coarse + np.roll(noise, random.integers(0, HEIGHT, 2), (0, 1)), 0, 255).astype(np.uint8)
-        result.append(cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 85])[1].tobytes())
+        result.append(cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 91])[1].tobytes())
     return result
 
 
@@ -71,7 +72,7 @@ def make_home(path: Path, data: list[bytes]):
 @contextmanager
 def on_the_page(home):
     "The address of the review, by the command that people use"
-    command = [sys.executable, "-m", "deerml", "review", "--home", str(home.path), "--port", "0", "--no-browser", "--json"]
+    command = [sys.executable, "-c", "from deerml.app.cli import main; main()", "review", "--home", str(home.path), "--port", "0", "--no-browser", "--json"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": sys.path[0]})
     try:
         yield json.loads(process.stdout.readline())["url"]
@@ -135,6 +136,73 @@ def measure_lab(browser, folder: Path, data: list[bytes]) -> dict:
         return result
 
 
+LABEL_CONFIG = '<View><Image name="image" value="$image"/><Choices name="verdict" toName="image"><Choice value="correct" hotkey="c"/><Choice value="wrong" hotkey="f"/></Choices></View>'
+WATCH_IMAGE = """
+window.times = []; window.painted = 0; let pressed = null, last = null;
+document.addEventListener("keydown", (event) => { if (event.key === "Enter" && event.ctrlKey) pressed = event.timeStamp; }, true);
+const look = () => {
+  const found = [...document.images].find((one) => one.complete && one.naturalWidth === 1280 && one.getBoundingClientRect().width > 200);
+  if (found && found.src !== last) {
+    last = found.src;
+    const channel = new MessageChannel(), from = pressed;
+    channel.port1.onmessage = () => { painted++; if (from !== null) times.push(performance.now() - from); };
+    channel.port2.postMessage(null);
+  }
+  requestAnimationFrame(look);
+};
+requestAnimationFrame(look);
+"""
+
+
+@contextmanager
+def label_studio(folder: Path, command: str):
+    "The address, and a client that may ask for anything"
+    port, token = free_port(), "0123456789abcdef0123456789abcdef01234567"
+    words = [command, "start", "--no-browser", "--port", str(port), "--data-dir", str(folder / "label-studio"), "--username", "me@home.example", "--password", "a-word-for-a-minute", "--user-token", token, "--enable-legacy-api-token"]
+    own = {"LATEST_VERSION_CHECK": "false", "COLLECT_ANALYTICS": "false", "SENTRY_DSN": "", "FRONTEND_SENTRY_DSN": ""}
+    with open(folder / "label-studio.log", "w") as log:
+        process = subprocess.Popen(words, cwd=folder, stdout=log, stderr=log, env=os.environ | own)
+        try:
+            wait_for(f"http://127.0.0.1:{port}/health", process, 240)
+            yield f"http://127.0.0.1:{port}", httpx.Client(base_url=f"http://127.0.0.1:{port}", headers={"Authorization": f"Token {token}"}, timeout=120)
+        finally:
+            process.terminate()
+            process.wait(20)
+
+
+def measure_label_studio(browser, folder: Path, data: list[bytes], command: str) -> tuple[dict | None, str]:
+    "Times of its label stream, from Ctrl+Enter, and a note; the first key, which chooses the verdict, is not counted"
+    with label_studio(folder, command) as (address, client):
+        project = client.post("/api/projects", json={"title": "Latency", "label_config": LABEL_CONFIG}).raise_for_status().json()["id"]
+        for start in range(0, len(data), 10):
+            client.post(f"/api/projects/{project}/import", files=[("files", (f"{start + n}.jpg", one, "image/jpeg")) for n, one in enumerate(data[start:start + 10])]).raise_for_status()
+        page = browser.new_page(viewport={"width": 1360, "height": 950})
+        page.add_init_script(WATCH_IMAGE)
+        page.goto(f"{address}/user/login")
+        page.fill("[name=email]", "me@home.example")
+        page.fill("[name=password]", "a-word-for-a-minute")
+        page.keyboard.press("Enter")
+        page.wait_for_url("**/projects**")
+        page.goto(f"{address}/projects/{project}/data?labeling=1")
+        until(page, "painted > 0")
+        page.wait_for_timeout(2000)
+        result = {"paced": stream(page, len(data) // 2 - 1, PACE_MS), "refused": 0}
+        page.evaluate("times = []")
+        result["saturated"] = stream(page, len(data) // 2 - 1, 0)
+        page.close()
+    return result, f"peer: Label Studio, {len(result['paced'])} frames, its second key alone"
+
+
+def stream(page, count: int, pause_ms: int) -> list[float]:
+    "A verdict and Ctrl+Enter, as soon as the picture is there and the pause is over"
+    while (done := len(page.evaluate("times"))) < count:
+        page.keyboard.press("c")
+        page.wait_for_timeout(pause_ms or 50)
+        page.keyboard.press("Control+Enter")
+        until(page, f"times.length > {done}")
+    return page.evaluate("times")
+
+
 def p95(times: list[float]) -> float:
     return float(np.percentile(times, 95))
 
@@ -164,18 +232,19 @@ def rows_of(results: dict[str, dict], peer: dict | None, why: str) -> list[dict]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, default=200, help="for each host and pace")
-    parser.add_argument("--hosts", nargs="+", choices=["page", "lab"], default=["page", "lab"])
+    parser.add_argument("--hosts", nargs="+", choices=["page", "lab", "none"], default=["page", "lab"])
     parser.add_argument("--label-studio", default=shutil.which("label-studio"), help="its command; default: the one that is installed")
     asked = parser.parse_args()
     data, results, peer = pictures(2 * asked.frames + 4), {}, None
     print(f"{len(data)} JPEGs, {statistics.mean(map(len, data)) / 1000:.0f} KB each", flush=True)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, launched() as browser:
+        if asked.label_studio:
+            peer, why = measure_label_studio(browser, Path(folder), data[:min(42, len(data))], asked.label_studio)
+        else:
+            why = "peer: label-studio is not installed"
         for host, run in {"page": measure_page, "lab": measure_lab}.items():
             if host in asked.hosts:
                 results[host] = run(browser, Path(folder), data)
-        why = "peer: label-studio is not installed"
-        if asked.label_studio:
-            peer, why = measure_label_studio(browser, Path(folder), data[:min(42, len(data))], asked.label_studio)
     table(results | ({"Label Studio": peer} if peer else {}))
     print(json.dumps(rows_of(results, peer, why)))
 

@@ -124,7 +124,7 @@ def jupyter_lab(folder: Path) -> Iterator[tuple[str, str, int]]:
     with open(folder / "lab.log", "w") as log:
         process = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], cwd=folder, stdout=log, stderr=log, env=os.environ | own | {"PYTHONPATH": str(ROOT)})
         try:
-            _wait_for(f"http://127.0.0.1:{port}/api/status?token={token}", process)
+            wait_for(f"http://127.0.0.1:{port}/api/status?token={token}", process)
             yield f"http://127.0.0.1:{port}", token, process.pid
         finally:
             process.terminate()
@@ -135,7 +135,8 @@ def jupyter_lab(folder: Path) -> Iterator[tuple[str, str, int]]:
                 process.wait()
 
 
-def _wait_for(url: str, process: subprocess.Popen, seconds: float = 90) -> None:
+def wait_for(url: str, process: subprocess.Popen, seconds: float = 90) -> None:
+    "Until a server answers at this address"
     end = time.monotonic() + seconds
     while True:
         assert process.poll() is None and time.monotonic() < end, f"no server at {url.split('?')[0]}"

@@ -19,7 +19,7 @@ from deerml.capture.truth import events_on, truths
 from deerml.core.box import Box
 from deerml.core.settings import Home
 from deerml.review.items import standing
-from review_homes import NIGHT, Shot, marked, review_home, scene, windows
+from review_homes import Shot, marked, review_home, scene, windows
 
 DWELL_MS = 150  # longer than a picture must have been on the screen
 TOKEN = "t0ken-of-the-yard-0123456789"  # noqa: S105
