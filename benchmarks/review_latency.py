@@ -36,18 +36,23 @@ window.times = []; window.painted = 0; window.refused = 0;
 document.addEventListener("deerml:refused", () => window.refused++);
 document.addEventListener("deerml:painted", ({ detail }) => {
   window.painted++;
+  window.lastPainted = performance.now();
   if (detail.key_time !== null) window.times.push(detail.painted_time - detail.key_time);
 });
 """
 SATURATED = """(count) => new Promise((done) => {
   const root = document.querySelector(".deerml-review");
-  const press = () => setTimeout(() => {
-    if (times.length >= count || root.dataset.kind === "end") return done();
-    root.dispatchEvent(new KeyboardEvent("keydown", { key: "c", bubbles: true, cancelable: true }));
-  }, 105);
-  document.addEventListener("deerml:painted", press);
-  document.addEventListener("deerml:refused", press);
-  press();
+  const timer = setInterval(() => {
+    if (times.length >= count || root.dataset.kind === "end") {
+      clearInterval(timer);
+      return done();
+    }
+    if (performance.now() - lastPainted > 105) {
+      lastPainted = Infinity;
+      root.dispatchEvent(new KeyboardEvent("keydown", { key: "c", bubbles: true, cancelable: true }));
+    }
+  }, 2);
+  document.addEventListener("deerml:refused", () => { lastPainted = performance.now() - 90; });
 })"""
 
 

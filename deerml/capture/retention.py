@@ -15,7 +15,7 @@ import sqlalchemy as sa
 
 from . import schema
 from .store import Store, image_path
-from .truth import active, truths
+from .truth import active, events_on, truths
 from ..core.clock import WINDOW_MINUTES, now, parse_time, stamp
 from ..core.durable import sha256_bytes
 
@@ -69,11 +69,8 @@ def _picture(rows: Sequence[sa.Row]) -> _Picture:
 # %% ../../nbs/20_capture/06_retention.ipynb #935beec0
 def _reviewed(store: Store) -> set[int]:
     "Frames about which something was said that still stands"
-    event, said = schema.review_event.c, defaultdict(list)
     with store.read() as connection:
-        for row in connection.execute(sa.select(event.id, event.frame_id, event.kind, event.undoes).order_by(event.id)):
-            said[row.frame_id].append(row)
-    return {frame_id for frame_id, events in said.items() if active(events)}
+        return {frame_id for frame_id, events in events_on(connection).items() if active(events)}
 
 # %% ../../nbs/20_capture/06_retention.ipynb #6f3027f6
 def _asked_about(store: Store, pictures: Iterable[_Picture]) -> set[tuple[str, str]]:

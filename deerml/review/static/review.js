@@ -698,7 +698,7 @@ class Review {
     Object.assign(this, { items: [], item: null, index: 0, past: [], generation: null, lastKnown: null });
     Object.assign(this, { revisions: new Map(), frameIds: new Map() }); // keys of pictures are text, ids may be numbers
     Object.assign(this, { mode: null, choice: null, classes: [], cameras: [], label: "", words: "", progress: null });
-    Object.assign(this, { selected: null, drawing: false, question: null, ended: null, boxesHidden: false });
+    Object.assign(this, { selected: null, drawing: false, question: null, ended: null, boxesHidden: false, pressedAt: null });
     this.scoresHidden = attempt(() => localStorage.getItem("deerml-review-scores")) === "hidden";
     this.pictures = new Pictures((key) => this.pictureReady(key), (key, reason) => this.pictureBroken(key, reason));
     this.outbox = new Outbox((message) => this.send(this.renewed(message)));
@@ -910,7 +910,7 @@ class Review {
       for (const part of parts(item)) this.pictures.mayAsk(keyOf(part)); // they are on their way
     }
     // An empty answer is followed by the end: asking at once would go on for ever.
-    if (items.length && !this.item) this.advance();
+    if (items.length && !this.item) this.advance(this.pressedAt);
     if (items.length) this.ask();
   }
 
@@ -1089,6 +1089,7 @@ class Review {
     if (next) return this.show(next, time);
     this.leave();
     this.item = null;
+    this.pressedAt = time; // the picture that this press waits for is still on its way
     this.renderAll();
     this.ask(Boolean(this.ended)); // the closing sentence is to know of the last verdict as well
   }
@@ -1096,6 +1097,7 @@ class Review {
   show(item, time = null) {
     this.leave();
     this.item = item;
+    this.pressedAt = null;
     this.index = clamp(item.key_frame ?? 0, 0, (item.frames?.length ?? 1) - 1);
     this.shown = { item, keyTime: time, at: performance.now(), large: new Map(), small: new Map(), told: false };
     this.stage.reset();
