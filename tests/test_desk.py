@@ -746,6 +746,7 @@ def resident_mb() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
 def test_a_thousand_frames_leave_the_memory_as_it_was(tmp_path):
     body = picture(1, 1280, 720)

@@ -596,7 +596,7 @@ MUTANTS = {
 }
 
 
-@pytest.mark.parametrize("name", MUTANTS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if number >= 2 else []) for number, name in enumerate(MUTANTS)])
 def test_the_loss_of_a_guard_is_noticed(name, tmp_path):
     before, after, chosen = MUTANTS[name]
     shutil.copytree(ROOT / "deerml", tmp_path / "deerml", ignore=shutil.ignore_patterns("__pycache__"))

@@ -259,7 +259,7 @@ def test_lost_acknowledgements_are_sent_again_and_stored_once(opened):
     page.evaluate("desk.silent = true")
     press(page, "c", "n")
     page.evaluate("desk.tell({ type: 'connection', state: 'lost' })")
-    assert page.get_by_text("Offline · 2 unsaved").is_visible()
+    page.get_by_text("Offline · 2 unsaved").wait_for(timeout=5000)
     page.evaluate("desk.silent = false; desk.tell({ type: 'connection', state: 'open' })")
     page.wait_for_timeout(300)
     first, again = sent(page), sent(page, "ready")[-1]["pending"]

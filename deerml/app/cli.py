@@ -66,6 +66,16 @@ def _unforeseen(error: Exception) -> DeermlError:
         traceback.print_exception(error, file=file)
     return DeermlError("BUG", f"Something happened that deerml did not foresee: {type(error).__name__}.", why=str(error)[:200], next_step=f"The details are in {file.name}; please report them.", exit_code=70)
 
+# %% ../../nbs/90_app/09_cli.ipynb #13aa3cce
+def _stopped() -> DeermlError:
+    return DeermlError("INTERRUPTED", "Stopped.", next_step="Nothing was half written; run it again when you like.", exit_code=130)
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
 # %% ../../nbs/90_app/09_cli.ipynb #59c0f173
 def command(parent: typer.Typer, name: str, **options: Any) -> Callable:
     "Register a command whose errors are told as above"
@@ -78,11 +88,11 @@ def command(parent: typer.Typer, name: str, **options: Any) -> Callable:
             except DeermlError as error:
                 raise _fail(error, as_json) from None
             except KeyboardInterrupt:
-                raise _fail(DeermlError("INTERRUPTED", "Stopped.", next_step="Nothing was half written; run it again when you like.", exit_code=130), as_json) from None
+                raise _fail(_stopped(), as_json) from None
             except (typer.Exit, typer.Abort):
                 raise
             except Exception as error:
-                raise _fail(_unforeseen(error), as_json) from None
+                raise _fail(_stopped() if _is_interrupt(error) else _unforeseen(error), as_json) from None
         parent.command(name, **options)(guarded)
         return function
     return register
