@@ -2,7 +2,7 @@
 
     python benchmarks/demo_seeds.py [--seeds 20] [--first 0] [--jobs 1]
 
-Runs the demo once for each seed (about two minutes each) and prints a line as each ends: the verdict, both models'
+Runs the demo once for each seed (two to four minutes each) and prints a line as each ends: the verdict, both models'
 figures, the time. With --jobs the times are no measure of a demo that has the machine to itself. The last line is one
 JSON list of rows.
 """

@@ -568,7 +568,7 @@ def demo_command(
     home: Annotated[Path | None, typer.Option("--home", help="Where to make the home. Default: deerml-demo here.", show_default=False)] = None,
     as_json: JsonOption = False,
 ) -> None:
-    "Run the whole loop on a simulated yard: about two minutes, no camera, no download, no GPU."
+    "Run the whole loop on a simulated yard: a few minutes, no camera, no download, no GPU."
     from deerml.app.demo import one_more_night, run_demo
     path = home or _free_folder(Path("deerml-demo"))
     with demo_progress(as_json) as show:
