@@ -16,7 +16,7 @@ help: ## say what can be made
 install: $(INSTALLED) ## make .venv with deerml and all that it is developed with; the first time takes minutes
 
 test: $(INSTALLED) ## run every notebook and test; ARGS="--slow" also runs what takes long
-	$(VENV)/bin/pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	$(VENV)/bin/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 demo: $(INSTALLED) ## run the whole loop on a simulated yard; ARGS="--seed 3" for another one
 	$(VENV)/bin/deerml demo $(ARGS)

@@ -21,6 +21,9 @@ from deerml.core.settings import Home
 from deerml.review.items import standing
 from review_homes import Shot, marked, review_home, scene, windows
 
+# A busy machine may paint too late for a person's pace; a defect fails twice.
+pytestmark = pytest.mark.flaky(reruns=1)
+
 DWELL_MS = 150  # longer than a picture must have been on the screen
 TOKEN = "t0ken-of-the-yard-0123456789"  # noqa: S105
 COUNT_EVENTS = """
