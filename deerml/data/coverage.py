@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BLOCK_HOURS', 'QUARTERS', 'NORTHERN', 'SUMMERS', 'LIGHTS', 'GAP_SHARE', 'GAP_FACTOR', 'Coverage', 'coverage',
-           'seasons_of', 'quarter_of', 'frame_lights', 'Cell', 'Balance', 'balance']
+           'seasons_of', 'quarter_of', 'window_light', 'Cell', 'Balance', 'balance']
 
 # %% ../../nbs/40_data/01_coverage.ipynb #5ff65cb8
 from collections import Counter, defaultdict
@@ -87,18 +87,32 @@ def quarter_of(taken_at: datetime, zone: str) -> int:
     return taken_at.astimezone(ZoneInfo(zone)).month % 12 // 3
 
 # %% ../../nbs/40_data/01_coverage.ipynb #c0a1e007
-def frame_lights(
+def window_light(
     frames: Iterable[Frame],
     known: Mapping[str, Light],  # by image, as far as it was read
-) -> dict[int, Light]:
-    "The light of each frame by its id: its own, else the commonest of its window, else unknown"
-    frames = list(frames)
+) -> dict[tuple[str, str], Light]:
+    "The light of each window (camera, start): the commonest of its frames, else that of its neighbours in the night"
     votes: dict[tuple[str, str], Counter[Light]] = defaultdict(Counter)
+    nights: dict[str, set[tuple[str, str]]] = defaultdict(set)
     for frame in frames:
+        nights[frame.night_key].add((frame.camera, frame.window))
         if light := known.get(frame.image):
             votes[frame.camera, frame.window][light] += 1
-    of_window = {window: max(sorted(found), key=found.__getitem__) for window, found in votes.items()}
-    return {frame.id: known.get(frame.image) or of_window.get((frame.camera, frame.window), "unknown") for frame in frames}
+    read = {window: max(sorted(found), key=found.__getitem__) for window, found in votes.items()}
+    return {window: light for windows in nights.values() for window, light in _between(sorted(windows), read).items()}
+
+# %% ../../nbs/40_data/01_coverage.ipynb #c0a1e010
+def _between(
+    windows: Sequence[tuple[str, str]],  # of one night, in the order of time
+    read: Mapping[tuple[str, str], Light],
+) -> dict[tuple[str, str], Light]:
+    "Fill what lies between two windows of the same light"
+    places = [place for place, window in enumerate(windows) if window in read]
+    light: dict[tuple[str, str], Light] = {window: read.get(window, "unknown") for window in windows}
+    for first, last in zip(places, places[1:]):
+        if read[windows[first]] == read[windows[last]]:
+            light |= dict.fromkeys(windows[first:last], read[windows[first]])
+    return light
 
 # %% ../../nbs/40_data/01_coverage.ipynb #c0a1e009
 LIGHTS: tuple[Light, ...] = ("day", "infrared", "unknown")
@@ -157,25 +171,14 @@ def balance(
 ) -> Balance:
     "Count production and labels by camera, light and season. Frames without a time are left out."
     dated = [frame for frame in frames if frame.taken_at]
-    light, totals = frame_lights(dated, known), defaultdict(lambda: np.zeros(5))
-    key = {frame.id: (frame.camera, light[frame.id], quarter_of(frame.taken_at, zones[frame.camera])) for frame in dated}
-    place = {window: cell for cell, windows in _windows(dated, key).items() for window in windows}
+    light, totals = window_light(dated, known), defaultdict(lambda: np.zeros(5))
+    place: dict[tuple[str, str], tuple] = {}  # a window on the last of a month belongs to the cell of its first frame
     for frame in dated:
-        seen, trains = frame.trigger != "import", frame.id in truth
-        totals[key[frame.id]] += (0, seen, 0, 0, trains and bool(truth[frame.id].boxes))
+        window = frame.camera, frame.window
+        cell = place.get(window) or place.setdefault(window, (frame.camera, light[window], quarter_of(frame.taken_at, zones[frame.camera])))
+        totals[cell] += (0, frame.trigger != "import", 0, 0, frame.id in truth and bool(truth[frame.id].boxes))
     produced = {(frame.camera, frame.window) for frame in dated if frame.trigger != "import"}
     taught = {(frame.camera, frame.window) for frame in dated if frame.id in truth}
     for window, cell in place.items():
         totals[cell] += (window in produced, 0, window in produced and window in exposed, window in taught, 0)
     return Balance(tuple(Cell(*cell, seasons_of(zones[cell[0]])[cell[2]], int(n[0]), int(n[1]), n[2] / 6, int(n[3]), int(n[4])) for cell, n in sorted(totals.items())))
-
-# %% ../../nbs/40_data/01_coverage.ipynb #c0a1e00c
-def _windows(frames: Iterable[Frame], key: Mapping[int, tuple]) -> dict[tuple, set[tuple[str, str]]]:
-    "The windows of each cell. One at dusk, or on the last of a month, belongs to the cell of its first frame."
-    found, taken = defaultdict(set), set()
-    for frame in frames:
-        window = frame.camera, frame.window
-        if window not in taken:
-            taken.add(window)
-            found[key[frame.id]].add(window)
-    return found

@@ -96,6 +96,8 @@ def _map_hint(found: Balance) -> str:
     text = "Counted in windows of ten minutes: all in which a camera showed something, beside those with a training frame."
     if not any(cell.windows for cell in found.cells):
         text = "All frames were imported: what the cameras see day by day is not known yet, so no gap can be named."
+    if any(cell.light == "unknown" for cell in found.cells):
+        text += " The light is unknown where no window of the night was drawn for review or judged."
     return text + (" Quarters are called by their months where the zone does not tell the hemisphere." if named else "")
 
 # %% ../../nbs/40_data/06_page.ipynb #9a6e000d
