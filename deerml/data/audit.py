@@ -15,7 +15,6 @@ from typing import Any, Literal
 import numpy as np
 import sqlalchemy as sa
 
-from ..capture import schema
 from ..capture.store import Store, detections
 from ..capture.truth import active, events_on
 from ..core.box import Box, iou_matrix
@@ -168,7 +167,7 @@ KINDS = {  # heading, and what it may mean
 def audit(
     labelled: Sequence[Labelled],
     found: Mapping[str, Sequence[Found]],  # by image; frames it did not look at are missing
-    hands: Hands = {},  # who drew which box
+    hands: Hands | None = None,  # who drew which box
 ) -> Audit:
     "Compare the labels with what the champion said"
     seen = [frame for frame in labelled if frame.image in found]
@@ -176,7 +175,7 @@ def audit(
     denied = sum(one.denied and one.sure for frame in seen for one in found[frame.image])
     order = {kind: number for number, kind in enumerate(KINDS)}
     every.sort(key=lambda one: (order[one.kind], -one.badness, one.image, one.box.xywh))
-    return Audit(len(seen), len(labelled), tuple(every), tuple(tendencies(_drawn_pairs(seen, found, hands))), denied)
+    return Audit(len(seen), len(labelled), tuple(every), tuple(tendencies(_drawn_pairs(seen, found, hands or {}))), denied)
 
 # %% ../../nbs/40_data/03_audit.ipynb #a0d17016
 def _drawn_pairs(seen: Sequence[Labelled], found: Mapping[str, Sequence[Found]], hands: Hands) -> dict[str, list[tuple[Box, Box]]]:

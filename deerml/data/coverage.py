@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import lru_cache
+from functools import cache
 from zoneinfo import ZoneInfo
 
 import numpy as np
@@ -19,7 +19,7 @@ import numpy as np
 from ..capture.light import Light
 from ..capture.store import Frame
 from ..capture.truth import CompleteTruth
-from ..core.clock import parse_time, zone_of
+from ..core.clock import zone_of
 
 # %% ../../nbs/40_data/01_coverage.ipynb #a138eb7b
 BLOCK_HOURS = 3  # of the local day; finer than that a small yard has empty cells everywhere
@@ -65,7 +65,7 @@ NORTHERN = ("winter", "spring", "summer", "autumn")  # the meteorological season
 SUMMERS = 3  # a zone that changed its offset once in its history has no summer time
 
 # %% ../../nbs/40_data/01_coverage.ipynb #c0a1e003
-@lru_cache(maxsize=None)
+@cache
 def seasons_of(
     zone: str,  # IANA name
 ) -> tuple[str, ...]:

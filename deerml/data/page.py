@@ -136,7 +136,7 @@ def _audit(found: Audit, pictures: Mapping[tuple[str, str], str]) -> dict[str, A
 # %% ../../nbs/40_data/06_page.ipynb #9a6e0012
 def health_page(
     facts: Facts,
-    pictures: Mapping[tuple[str, str], str] = {},  # `data:` addresses by (kind, image); none: a page of text and drawings
+    pictures: Mapping[tuple[str, str], str] | None = None,  # `data:` addresses by (kind, image); none: a page of text and drawings
 ) -> str:  # HTML
     "The page, complete in itself: no script, no request, nothing that comes from outside unescaped"
     tone, badge, headline = _headline(facts)
@@ -148,7 +148,7 @@ def health_page(
     return environment.from_string(files("deerml.data").joinpath("health.html").read_text(encoding="utf-8")).render(
         name=facts.name, tone=tone, badge=badge, headline=headline, facts=about, problems=facts.health.problems, splits=_splits(manifest),
         diff=facts.diff, cameras=facts.diff.cameras() if facts.diff else [], delta=_delta, map=_map(facts.balance), hours=_hours(facts.coverage),
-        audit=_audit(facts.audit, pictures) if facts.audit else None, no_audit="No model acts yet, so there is nobody to contradict the labels.")
+        audit=_audit(facts.audit, pictures or {}) if facts.audit else None, no_audit="No model acts yet, so there is nobody to contradict the labels.")
 
 # %% ../../nbs/40_data/06_page.ipynb #9a6e0013
 def _delta(added: int, removed: int) -> str:
