@@ -142,7 +142,7 @@ def test_a_camera_nobody_reviewed_is_named_as_a_gap(tmp_path):
         gaps = facts.balance.gaps()
         assert [gap.camera for gap in gaps] == ["ridge"] and gaps[0].hours == 8
         sentence = facts.balance.sentence(gaps[0])
-        assert sentence.startswith("Camera ridge in unknown light in autumn: 47% of") and sentence.endswith("0% of the labels.")
+        assert sentence.startswith("Camera ridge in unknown light in autumn: 47 % of") and sentence.endswith("0 % of the labels.")
         assert {cell.camera: cell.season for cell in facts.balance.cells} == {"gate": "Sep–Nov", "ridge": "autumn", "lawn": "spring"}
         page = Page((list_versions(store.home.datasets)[-1].path / "health.html").read_text())
         assert sentence in page.text

@@ -159,7 +159,7 @@ class Balance:
     def sentence(self, cell: Cell) -> str:
         "A cell in words"
         light = {"day": "by day", "infrared": "in infrared light", "unknown": "in unknown light"}[cell.light]
-        return f"Camera {cell.camera} {light} in {cell.season}: {self.seen(cell):.0%} of what the cameras see, {self.taught(cell):.0%} of the labels."
+        return f"Camera {cell.camera} {light} in {cell.season}: {100 * self.seen(cell):.0f} % of what the cameras see, {100 * self.taught(cell):.0f} % of the labels."
 
 # %% ../../nbs/40_data/01_coverage.ipynb #c0a1e00b
 def balance(

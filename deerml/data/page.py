@@ -52,7 +52,7 @@ def _headline(facts: Facts) -> tuple[str, str, str]:
     disputed = len({one.image for one in facts.audit.contradictions}) if facts.audit else 0
     look = f" The champion disputes {_many(disputed, 'frame')}." if disputed else ""
     if words:
-        return "warn", "Look first", f"Sound enough to train, with {' and '.join(words) if len(words) < 3 else ', '.join(words)}.{look}"
+        return "warn", "Look first", f"Sound enough to train, with {' and '.join([*([', '.join(words[:-1])] if words[:-1] else []), words[-1]])}.{look}"
     return "good", "Sound", f"Nothing is wrong with these data.{look}"
 
 # %% ../../nbs/40_data/06_page.ipynb #9a6e0007
