@@ -315,7 +315,7 @@ def curves_to_keep(curves: Mapping[str, Curve | None]) -> dict[str, dict[str, An
 # %% ../../nbs/60_judge/20_report.ipynb #e8b17007
 def verdict_of(record: Mapping[str, Any]) -> Verdict:
     "A verdict from its record, which may hold more"
-    known = {field.name: record[field.name] for field in fields(Verdict)}
+    known = {field.name: record[field.name] for field in fields(Verdict) if field.name in record}
     sequences = {name: tuple(known[name]) for name in ("reasons", "warnings", "caps")}
     return Verdict(**known | sequences | {"when": date.fromisoformat(known["when"]) if known["when"] else None})
 
