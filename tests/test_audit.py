@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from deerml.app.cli import app
 from deerml.capture import store as capture
 from deerml.capture.store import NewFrame, add_camera, add_frames, frames, record_inference
 from deerml.capture.truth import BoxVerdict, FrameStatement, record
@@ -218,3 +220,21 @@ def test_names_cannot_become_markup(tmp_path, camera):
         page = Page(illustrate(store, freeze(store, at=AFTER, champion=Champion()).facts).read_text())
         assert camera in page.text and not [tag for tag, _ in page.tags if tag == "script"]
         assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
+
+
+def test_the_command_prepares_and_compares(reviewed, monkeypatch):
+    monkeypatch.setattr("deerml.data.version.now", lambda: AFTER)
+    home = str(reviewed.home.path)
+    first = json.loads(CliRunner().invoke(app, ["prepare", "--home", home, "--json"]).stdout)
+    assert first["version"] == "v0001" and first["audit"] is None and Path(first["health"]).name == "health-v0001.html" and Path(first["health"]).is_file()
+    [frame, *_] = [frame for frame in frames(reviewed) if frame.id % 6 == 5 and first["path"]]  # one that nobody had completed
+    record(reviewed, "ann", [FrameStatement(frame.id, "all_boxed", ("deer",))])
+    second = json.loads(CliRunner().invoke(app, ["prepare", "--home", home, "--json"]).stdout)
+    assert second["version"] == "v0002" and second["changes"]
+    told = json.loads(CliRunner().invoke(app, ["prepare", "--diff", "v0001", "--home", home, "--json"]).stdout)
+    assert (told["old"], told["new"], told["summary"]) == ("v0001", "v0002", second["changes"])
+    assert [version.name for version in list_versions(reviewed.home.datasets)] == ["v0001", "v0002"]
+    text = CliRunner().invoke(app, ["prepare", "--diff", "v0001", "--home", home]).stdout
+    assert "v0001 to v0002" in text and "1 frame added: 1 with an animal, 0 negatives." in text
+    wrong = CliRunner().invoke(app, ["prepare", "--diff", "v0009", "--home", home, "--json"])
+    assert wrong.exit_code != 0 and "NO_DATASET" in wrong.output

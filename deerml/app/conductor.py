@@ -15,6 +15,7 @@ from ..core.clock import now, stamp
 from ..core.errors import DeermlError
 from ..core.settings import Home
 from ..data.version import open_version
+from ..judge.report import published_page
 from ..model.bundle import Bundle, Thresholds, seal
 from ..ship.deploy import Deployed, adopt_current, deploy, rollback
 from ..ship.release import DatasetUsed, OwnerDecision, Release, list_releases
@@ -37,7 +38,7 @@ def publish(
     return write_release(
         Bundle.load(home.bundles / digest, digest), home.releases, verdict=found["verdict"], parent=found["champion"],
         dataset=DatasetUsed(name=version.name, manifest_sha256=version.digest, data_until=version.manifest["data_until"]) if version else None,
-        metrics=found["numbers"].get("challenger") or {}, reasons=found["reasons"],
+        metrics=found["numbers"].get("challenger") or {}, reasons=found["reasons"], report=published_page(found),
         owner_decision=OwnerDecision(reason=owner_reason, at=stamp(now())) if owner_reason else None)
 
 # %% ../../nbs/90_app/02_conductor.ipynb #fdb6189a
