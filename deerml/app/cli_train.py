@@ -23,8 +23,11 @@ def prepare_command(
     as_json: JsonOption = False,
 ) -> None:
     "Freeze what was reviewed into the next dataset version, in COCO and YOLO, after a look at its health."
+    from rich.markup import escape
+
     from deerml.app.training import prepare
     from deerml.capture.store import Store
+    from deerml.data.page import headline
     if diff is not None:
         return _tell_diff(home_at(home), diff, as_json)
     with Store.open(home_at(home)) as store:
@@ -32,9 +35,9 @@ def prepare_command(
     pictures = home_at(home).reports / f"health-{frozen.version.name}.html"
     counts = frozen.version.manifest["counts"]
     rows = "\n".join(f"  {split:<6} {count['animals']:>6} with an animal {count['empty']:>6} empty" for split, count in counts.items())
-    warnings = "".join(f"\n[yellow]{problem.text}[/]" for problem in frozen.health.problems)
-    text = f"[bold]{frozen.version.name}[/]{'' if frozen.is_new else ' (nothing was reviewed since)'}\n{rows}{warnings}\nSee {pictures}"
     gaps = [frozen.facts.balance.sentence(gap) for gap in frozen.facts.balance.gaps()]
+    warnings = "".join(f"\n[yellow]{escape(text)}[/]" for text in [*(problem.text for problem in frozen.health.problems), *gaps])
+    text = f"[bold]{frozen.version.name}[/]{'' if frozen.is_new else ' (nothing was reviewed since)'}\n{rows}\n{headline(frozen.facts)[2]}{warnings}\nSee {pictures}"
     say(as_json, text, version=frozen.version.name, is_new=frozen.is_new, counts=counts, digest=frozen.version.digest, problems=frozen.health.to_dict(), path=frozen.version.path, health=pictures,
         gaps=gaps, audit=frozen.facts.audit.to_dict() if frozen.facts.audit else None, changes=frozen.facts.diff.sentences() if frozen.facts.diff else [])
 
