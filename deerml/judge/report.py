@@ -281,7 +281,7 @@ def report_html(
     numbers, at = verdict.numbers, made_at or now()
     pairs = numbers.get("pairs") or {}
     curve = curve_svg((champion.name, champion.curve) if champion and champion.curve else None, (challenger.name, challenger.curve)) if challenger.curve else ""
-    sentence = verdict.summary.partition(": ")[2]
+    sentence = verdict.summary.partition(": ")[2].partition(" By your prices")[0]  # the prices have a place of their own below
     strip = _strip(pairs) if pairs else []
     hint = "Below each figure its 95 % bounds." + (" A change is coloured only where it is more than chance." if pairs else "")
     return _render(
