@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MIN_WINDOWS', 'MIN_CAMERA_WINDOWS', 'DEFAULT_THRESHOLD', 'STEP', 'WINDOWS_AN_HOUR', 'NIGHT_HOURS', 'lowest_threshold',
-           'Calibration', 'calibrate']
+           'cheapest_threshold', 'Change', 'Calibration', 'calibrate']
 
 # %% ../../nbs/60_judge/03_calibrate.ipynb #1571bce3
 import math
@@ -14,8 +14,10 @@ from typing import Literal
 
 import numpy as np
 
-from .evidence import Evidence, Predictions, Sample, Thresholds, drawn_only, sample_of
-from .metrics import Peaks, decide, peaks_of, visit_recall
+from .bootstrap import Interval, multiplicities, paired_bootstrap, recall_bounds
+from .cost import Costs, expected_costs
+from .evidence import Evidence, Predictions, Sample, Thresholds, ThresholdTable, drawn_only, sample_of
+from .metrics import Decisions, Peaks, decide, peaks_of, visit_recall
 
 # %% ../../nbs/60_judge/03_calibrate.ipynb #c0145a84
 MIN_WINDOWS = 30  # fewer drawn windows than this say too little of the nights; then the calibration is provisional
@@ -26,6 +28,12 @@ DEFAULT_THRESHOLD = 0.25  # where a model saw nothing at all on val: what Ultral
 STEP = 1e-4  # thresholds have four decimals, so that a person can read and type them
 WINDOWS_AN_HOUR = 6
 NIGHT_HOURS = 10.0  # assumed where no exposure was logged
+
+# %% ../../nbs/60_judge/03_calibrate.ipynb #7e9a6b05
+def _above(score: float) -> float:
+    "The lowest threshold, to four decimals, at which this score stays silent"
+    above = (math.floor(score / STEP) + 1) * STEP
+    return min(round(above + (STEP if round(above, 4) <= score else 0), 4), 1.0)
 
 # %% ../../nbs/60_judge/03_calibrate.ipynb #37dc942a
 def lowest_threshold(
@@ -38,10 +46,37 @@ def lowest_threshold(
     order = np.argsort(-false, kind="stable")
     over = np.cumsum(weights[order]) > allowed * (1 + 1e-9)
     silent = false[order][over].max(initial=-math.inf)
-    if silent < keep_score:
-        return keep_score
-    above = (math.floor(silent / STEP) + 1) * STEP
-    return min(round(above + (STEP if round(above, 4) <= silent else 0), 4), 1.0)
+    return keep_score if silent < keep_score else _above(silent)
+
+# %% ../../nbs/60_judge/03_calibrate.ipynb #20c8b884
+def _weight_below(scores: np.ndarray, weights: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    "float [L]: for each level, the weight of all that lies below it"
+    order = np.argsort(scores, kind="stable")
+    return np.concatenate(([0.0], np.cumsum(weights[order])))[np.searchsorted(scores[order], levels, side="left")]
+
+# %% ../../nbs/60_judge/03_calibrate.ipynb #b907590f
+def cheapest_threshold(
+    found: np.ndarray,  # float [V], the best score that found each visit; -inf where none did
+    visit_weights: np.ndarray,  # float [V]
+    false: np.ndarray,  # float [W], each window's best false score
+    weights: np.ndarray,  # float [W]
+    costs: Costs,
+    least: float,  # the lowest threshold that the budget allows
+) -> float:  # never below `least`
+    "The threshold of least expected cost, to four decimals"
+    levels = np.array(sorted({least, *(_above(score) for score in false[false >= least])}))
+    missed, alarms = _weight_below(found, visit_weights, levels), weights.sum() - _weight_below(false, weights, levels)
+    # Sums that should be equal differ in the last bits, which must not choose.
+    return float(levels[np.round(costs.missed_visit * missed + costs.false_alarm * alarms, 9).argmin()])
+
+# %% ../../nbs/60_judge/03_calibrate.ipynb #1cd547f7
+@dataclass(frozen=True)
+class Change:
+    "What is expected to change when this model takes the champion's place, by the val nights"
+
+    false_alarms: Interval  # more a camera and night
+    recall: Interval | None  # of visits; none without visits
+    sentence: str
 
 # %% ../../nbs/60_judge/03_calibrate.ipynb #526e7674
 @dataclass(frozen=True)
@@ -55,6 +90,8 @@ class Calibration:
     windows: int  # that it stands on
     visits: int
     notes: tuple[str, ...] = ()  # sentences for the owner
+    expected_cost: float | None = None  # a camera and month, by the owner's prices
+    change: Change | None = None  # against the champion, where there is one
 
     def to_dict(self) -> dict:
         "For JSON"
@@ -83,15 +120,25 @@ def _seen(peaks: Peaks, column: int) -> bool:
     "Did the model put a box of this class anywhere?"
     return bool(np.isfinite(peaks.false[:, column]).any() or np.isfinite(peaks.found[:, column]).any())
 
-# %% ../../nbs/60_judge/03_calibrate.ipynb #9e0e0284
-def _threshold(peaks: Peaks, column: int, weights: np.ndarray, allowed: float, keep_score: float) -> float:
+# %% ../../nbs/60_judge/03_calibrate.ipynb #dfb73dd9
+@dataclass(frozen=True)
+class _Rules:
+    budget: float  # false alarms of one class that a camera may raise in a night
+    keep_score: float
+    costs: Costs | None
+
+
+def _threshold(peaks: Peaks, column: int, window_weight: np.ndarray, visit_weight: np.ndarray, nights: float, rules: _Rules) -> float:
     "The threshold of one class, or the default where the model never put such a box anywhere"
     if not _seen(peaks, column):
-        return max(DEFAULT_THRESHOLD, keep_score)
-    return lowest_threshold(peaks.false[:, column], weights, allowed, keep_score)
+        return max(DEFAULT_THRESHOLD, rules.keep_score)
+    least = lowest_threshold(peaks.false[:, column], window_weight, rules.budget * nights, rules.keep_score)
+    if rules.costs is None:
+        return least
+    return cheapest_threshold(peaks.found[:, column], visit_weight, peaks.false[:, column], window_weight, rules.costs, least)
 
 # %% ../../nbs/60_judge/03_calibrate.ipynb #bace1933
-def _own(evidence: Evidence, sample: Sample, peaks: Peaks, budget: float, keep_score: float) -> dict[str, Mapping[str, float]]:
+def _own(evidence: Evidence, sample: Sample, peaks: Peaks, rules: _Rules) -> dict[str, Mapping[str, float]]:
     "Thresholds of the cameras with enough drawn windows"
     own: dict[str, Mapping[str, float]] = {}
     for camera in sorted({window.camera for window in evidence.windows}):
@@ -99,9 +146,28 @@ def _own(evidence: Evidence, sample: Sample, peaks: Peaks, budget: float, keep_s
         if sum(window.role == "drawn" for window in evidence.windows if window.camera == camera) < MIN_CAMERA_WINDOWS:
             continue
         there = np.array([visit.camera == camera for visit in evidence.visits], bool)
-        part, allowed = Peaks(peaks.found[there], peaks.false[rows]), budget * _nights(sample, "drawn", camera)
-        own[camera] = {label: _threshold(part, column, sample.window_weight[rows], allowed, keep_score) for column, label in enumerate(evidence.classes)}
+        part, weights = Peaks(peaks.found[there], peaks.false[rows]), (sample.window_weight[rows], sample.visit_weight[there])
+        own[camera] = {label: _threshold(part, column, *weights, _nights(sample, "drawn", camera), rules) for column, label in enumerate(evidence.classes)}
     return own
+
+# %% ../../nbs/60_judge/03_calibrate.ipynb #81d55ec3
+def _change(sample: Sample, nights: float, champion: Decisions, challenger: Decisions) -> Change:
+    counts = multiplicities(sample.units)
+    more = paired_bootstrap(sample, champion, challenger, counts)["false_alarm_difference"]
+    size = sample.camera_nights if sample.selection == "drawn" else len(sample.frame_unit)  # what it was divided by
+    alarms = Interval(*(value * size / nights for value in (more.estimate, more.lower, more.upper)))
+    recall = recall_bounds(sample, champion, challenger) if sample.visit_weight.sum() else None
+    return Change(alarms, recall, _change_in_words(alarms, recall))
+
+# %% ../../nbs/60_judge/03_calibrate.ipynb #c31572cc
+def _change_in_words(alarms: Interval, recall: Interval | None) -> str:
+    kind = "as many false alarms as" if not round(alarms.estimate, 2) else f"{abs(alarms.estimate):.2f} {'more' if alarms.estimate > 0 else 'fewer'} false alarms a camera and night than"
+    text = f"On the val nights it raises {kind} the champion (between {alarms.lower:+.2f} and {alarms.upper:+.2f})"
+    if recall is None:
+        return f"{text}; no visit is there to be found."
+    points = [value * 100 for value in (recall.estimate, recall.lower, recall.upper)]
+    share = "as many visits" if not round(points[0], 1) else f"{abs(points[0]):.1f} points {'more' if points[0] > 0 else 'fewer'} of the visits"
+    return f"{text}, and finds {share} (between {points[1]:+.1f} and {points[2]:+.1f}). A hint and no evidence: the thresholds were chosen on these nights."
 
 # %% ../../nbs/60_judge/03_calibrate.ipynb #e34dc7d1
 def calibrate(
@@ -110,15 +176,18 @@ def calibrate(
     budget: float,  # false alarms a camera may raise in a night
     keep_score: float = 0.05,  # the lowest score that detections were kept at
     classes: Sequence[str] | None = None,  # default: those of the evidence
+    costs: Costs | None = None,  # none: the budget alone decides
+    champion: tuple[Predictions, ThresholdTable] | None = None,  # what it sees on the same frames, and when it acts
 ) -> Calibration:
-    "Thresholds for a budget of false alarms. Raises `MISSING_PREDICTIONS`."
+    "Thresholds for a budget of false alarms. Raises `MISSING_PREDICTIONS`, `BAD_SCORES`, and `NO_THRESHOLD` for a champion of other classes."
     basis, sample, kind = _basis(replace(evidence, classes=tuple(classes or evidence.classes)))
-    peaks, share = peaks_of(basis, predictions), budget / len(basis.classes)
-    allowed, nights = share * _nights(sample, kind), _nights(sample, kind)
-    shared = {label: _threshold(peaks, column, sample.window_weight, allowed, keep_score) for column, label in enumerate(basis.classes)}
-    thresholds = Thresholds(shared, _own(basis, sample, peaks, share, keep_score) if kind == "drawn" else {})
+    peaks, rules, nights = peaks_of(basis, predictions), _Rules(budget / len(basis.classes), keep_score, costs), _nights(sample, kind)
+    shared = {label: _threshold(peaks, column, sample.window_weight, sample.visit_weight, nights, rules) for column, label in enumerate(basis.classes)}
+    thresholds = Thresholds(shared, _own(basis, sample, peaks, rules) if kind == "drawn" else {})
     done = decide(basis, peaks, thresholds)
+    before = decide(basis, peaks_of(basis, champion[0]), champion[1]) if champion and nights else None
     drawn = sum(window.role == "drawn" for window in basis.windows)
+    price = expected_costs(sample, {"challenger": done}, costs, np.ones((1, sample.units)))
     return Calibration(
         thresholds=thresholds,
         calibration=kind,
@@ -127,6 +196,8 @@ def calibrate(
         windows=drawn if kind == "drawn" else len(basis.windows),
         visits=sample.visits,
         notes=_notes(kind, drawn, [label for column, label in enumerate(basis.classes) if not _seen(peaks, column)]),
+        expected_cost=price["challenger"].estimate if price else None,
+        change=_change(sample, nights, before, done) if before else None,
     )
 
 # %% ../../nbs/60_judge/03_calibrate.ipynb #15a94725
