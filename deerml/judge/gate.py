@@ -16,8 +16,9 @@ from typing import Any, Literal
 import numpy as np
 
 from ..core.clock import now
-from .bootstrap import ALPHA, DRAWS, effective_visits, multiplicities
-from .compare import SLICE_VISITS, Comparison, Contestant, Figures, answers_of, compare, figures_of, in_words, plural
+from .bootstrap import ALPHA, DRAWS, Interval, effective_visits, multiplicities
+from .cost import Costs, cost_in_words, costs_of, expected_costs
+from .compare import SLICE_VISITS, Answers, Comparison, Contestant, Figures, answers_of, compare, figures_of, in_words, plural
 from .evidence import Evidence, Sample, sample_of
 
 # %% ../../nbs/60_judge/05_gate.ipynb #7bfa773c
@@ -40,6 +41,8 @@ class GateSettings:
     min_visits: int = 40
     ap_visits: int = AP_VISITS  # with boxes drawn or adjusted by hand
     slice_visits: int = SLICE_VISITS
+    cost_missed_visit: float = 0.0  # the owner's prices, in any unit; 0: not said
+    cost_false_alarm: float = 0.0
     floor_recall: float = 0.5  # the first model must find this share of visits, by its lower bound
     first_alarm_factor: float = 2.0  # the first model may raise this many times the budget, by its lower bound
     draws: int = DRAWS
@@ -51,6 +54,10 @@ class GateSettings:
         "False alarms a camera and night that the challenger may raise more"
         return self.false_alarms_per_night / 2 if self.false_alarm_margin is None else self.false_alarm_margin
 
+    @property
+    def costs(self) -> Costs | None:
+        return costs_of(self.cost_missed_visit, self.cost_false_alarm)
+
 # %% ../../nbs/60_judge/05_gate.ipynb #d76a9fe2
 @dataclass(frozen=True)
 class GateContext:
@@ -58,9 +65,12 @@ class GateContext:
 
     provisional: bool = False  # was one of the two calibrated on too few windows?
     champion_nights_known: bool = True  # is it known which nights the champion trained on?
-    visits_per_day: float | None = None  # reviewed visits at this yard
+    visits_per_day: float | None = None  # of visits that may judge these two; none where that is not known
+    rate_unknown: str = ""  # why not, for the middle of a sentence
     today: date | None = None  # none: the day it is judged
-    earlier_judgements: int = 0  # of other models on the same test nights
+    test_version: str | None = None  # the test nights as they stand; none where no test night was reviewed
+    earlier_judgements: int = 0  # of other models on this test version
+    notes: tuple[str, ...] = ()  # what was left out when the evidence was collected, and other warnings
 
 # %% ../../nbs/60_judge/05_gate.ipynb #19ba9060
 VerdictName = Literal["promote", "reject", "not_enough_evidence", "first"]
@@ -235,31 +245,37 @@ def _when(missing: int, context: GateContext) -> date | None:
     return (context.today or now().date()) + timedelta(days=math.ceil(missing / context.visits_per_day))
 
 # %% ../../nbs/60_judge/05_gate.ipynb #c69b582f
-def _lacking(missing: int, when: date | None, checks: Sequence[Check]) -> str:
+def _lacking(missing: int, when: date | None, checks: Sequence[Check], context: GateContext) -> str:
     "The sentence that every `not_enough_evidence` ends with"
     if not missing:
         return "The visits would be enough."
     hopeless = any(not check.holds and math.isinf(check.growth) for check in checks)
     about = f"At least {plural(missing, 'more visit')} would be needed" + (", and the challenger would have to do better on them" if hopeless else "")
-    return f"{about}; at this yard's rate they will have come by {when.isoformat()}." if when else f"{about}; this yard's rate is not known."
+    if when:
+        return f"{about}; at this yard's rate, {context.visits_per_day:.2g} a day on nights that may judge, they will have come by {when.isoformat()}."
+    if context.visits_per_day:
+        return f"{about}; at this yard's rate that takes more than ten years."
+    return f"{about}; this yard's rate is not known" + (f": {context.rate_unknown}." if context.rate_unknown else ".")
 
 # %% ../../nbs/60_judge/05_gate.ipynb #1638690e
 def _warnings(found: Comparison, settings: GateSettings, context: GateContext) -> list[str]:
     warnings = []
     if not context.champion_nights_known:
         warnings.append("Nobody knows which nights the champion trained on. It may have seen some of these, which flatters it: a challenger that passes is better than it looks, one that does not pass may be better too.")
-    if context.earlier_judgements >= MANY_JUDGEMENTS:
-        warnings.append(f"These test nights have judged {context.earlier_judgements} models before. The best of many looks good by chance: add new test nights.")
     for one in found.slices:
         if one.p is not None and not one.lost and one.change < -SLICE_WARNING:
             warnings.append(f"{one.name}: {one.change * 100:+.0f} points of {one.visits} visits. That may be chance; look at them.")
     if found.hand_boxed_visits < settings.ap_visits and found.ap50 is not None and found.ap50.upper < 0:
         warnings.append(f"AP50 falls by {_points(found.ap50.estimate)}. It does not bind: {plural(found.hand_boxed_visits, 'visit')} with boxes drawn or adjusted by hand, {settings.ap_visits} are needed.")
-    return warnings + _left_out(found.sample)
+    return warnings + _of_the_evidence(found.sample, context)
 
 # %% ../../nbs/60_judge/05_gate.ipynb #253d61cd
-def _left_out(sample: Sample) -> list[str]:
-    warnings = []
+def _of_the_evidence(sample: Sample, context: GateContext) -> list[str]:
+    "Warnings that a first model gets as well"
+    warnings = list(context.notes)
+    if context.earlier_judgements >= MANY_JUDGEMENTS:
+        which = f" ({context.test_version})" if context.test_version else ""
+        warnings.append(f"These test nights{which} have judged {context.earlier_judgements} models before. The best of many looks good by chance: add new test nights.")
     if sample.followed_visits:
         warnings.append(f"{plural(sample.followed_visits, 'visit')} seen only beside a drawn window carry no weight and were left out.")
     if sample.selection == "drawn" and not sample.camera_hours:
@@ -267,13 +283,13 @@ def _left_out(sample: Sample) -> list[str]:
     return warnings
 
 # %% ../../nbs/60_judge/05_gate.ipynb #419a33b4
-def _numbers(evidence: Evidence, sample: Sample, settings: GateSettings) -> dict[str, Any]:
+def _numbers(evidence: Evidence, sample: Sample, settings: GateSettings, context: GateContext) -> dict[str, Any]:
     "What was judged, and by which rules"
     drawn = sum(window.role == "drawn" for window in evidence.windows)
     return {
         "classes": list(evidence.classes), "visits": sample.visits, "effective_visits": effective_visits(sample), "frames": len(evidence.frames), "windows_drawn": drawn,
         "camera_nights": sample.camera_nights, "camera_hours": sample.camera_hours, "selection": sample.selection,
-        "volunteered_visits": sample.volunteered_visits, "followed_visits": sample.followed_visits, "settings": asdict(settings),
+        "volunteered_visits": sample.volunteered_visits, "followed_visits": sample.followed_visits, "settings": asdict(settings), "test_version": context.test_version, "visits_per_day": context.visits_per_day,
     }
 
 # %% ../../nbs/60_judge/05_gate.ipynb #f0091ace
@@ -305,17 +321,18 @@ def _summary(verdict: VerdictName, found: Comparison, caps: dict[str, str], chec
 
 # %% ../../nbs/60_judge/05_gate.ipynb #4875c8de
 def _deliver(
-    verdict: VerdictName, summary: str, checks: Sequence[Check], caps: dict[str, str], warnings: Sequence[str], numbers: dict, missing: int, context: GateContext
+    verdict: VerdictName, summary: str, checks: Sequence[Check], caps: dict[str, str], warnings: Sequence[str], numbers: dict, missing: int, context: GateContext, costs: dict | None
 ) -> Verdict:
     lacks = verdict == "not_enough_evidence"
     when = _when(missing, context) if lacks else None
-    reasons = [*caps.values(), *(check.sentence for check in checks), *([_lacking(missing, when, checks)] if lacks else [])]
-    numbers = plain({**numbers, "checks": [asdict(check) for check in checks]})
-    return Verdict(verdict, MAX_STAGE[verdict], summary, tuple(reasons), tuple(warnings), tuple(caps), numbers, missing if lacks else None, when)
+    reasons = [*caps.values(), *(check.sentence for check in checks), *([_lacking(missing, when, checks, context)] if lacks else [])]
+    numbers = plain({**numbers, "checks": [asdict(check) for check in checks], "cost": {name: asdict(one) for name, one in costs.items()} if costs else None})
+    return Verdict(verdict, MAX_STAGE[verdict], f"{summary} {cost_in_words(costs)}".strip(), tuple(reasons), tuple(warnings), tuple(caps), numbers, missing if lacks else None, when)
 
 # %% ../../nbs/60_judge/05_gate.ipynb #96743433
 def _judge_pair(evidence: Evidence, champion: Contestant, challenger: Contestant, settings: GateSettings, context: GateContext) -> Verdict:
-    found = compare(evidence, answers_of(evidence, champion), answers_of(evidence, challenger), settings.draws, settings.seed, settings.slice_visits)
+    models = {"champion": answers_of(evidence, champion), "challenger": answers_of(evidence, challenger)}
+    found = compare(evidence, models["champion"], models["challenger"], settings.draws, settings.seed, settings.slice_visits)
     checks, caps = checks_of(found, settings), _caps(found.sample, settings, context)
     verdict: VerdictName = "not_enough_evidence"
     if "few_visits" not in caps and any(check.is_worse for check in checks):
@@ -323,8 +340,16 @@ def _judge_pair(evidence: Evidence, champion: Contestant, challenger: Contestant
     elif not caps and all(check.holds for check in checks):
         verdict = "promote"
     summary, warnings = _summary(verdict, found, caps, checks), _warnings(found, settings, context)
-    numbers = {**_numbers(evidence, found.sample, settings), **_compared(found)}
-    return _deliver(verdict, summary, checks, caps, warnings, numbers, _missing(found.sample, checks, settings), context)
+    numbers = {**_numbers(evidence, found.sample, settings, context), **_compared(found)}
+    return _deliver(verdict, summary, checks, caps, warnings, numbers, _missing(found.sample, checks, settings), context, _costs(found.sample, models, settings))
+
+# %% ../../nbs/60_judge/05_gate.ipynb #8b3954a7
+def _costs(sample: Sample, models: dict[str, Answers], settings: GateSettings) -> dict[str, Interval] | None:
+    "What the models are expected to cost, where the owner has said what mistakes cost; from the same draws as all intervals"
+    if settings.costs is None:
+        return None
+    counts = multiplicities(sample.units, settings.draws, settings.seed)
+    return expected_costs(sample, {name: one.decisions for name, one in models.items()}, settings.costs, counts)
 
 # %% ../../nbs/60_judge/05_gate.ipynb #ba195332
 def _first_checks(sample: Sample, figures: Figures, settings: GateSettings) -> list[Check]:
@@ -336,7 +361,7 @@ def _first_checks(sample: Sample, figures: Figures, settings: GateSettings) -> l
         alarms = f"It raises {figures.per_camera_night:.2f} false alarms a camera and night, surely at least {least:.2f}; {ceiling:g} is the ceiling."
     growth = growth_needed(recall, figures.recall_lower, settings.floor_recall)
     return [
-        Check("floor_recall", figures.recall_lower >= settings.floor_recall, found, growth, figures.recall_upper < settings.floor_recall),
+        Check("floor_recall", sample.visits > 0 and figures.recall_lower >= settings.floor_recall, found, growth, figures.recall_upper < settings.floor_recall),
         Check("ceiling_false_alarms", least is not None and least <= ceiling, alarms, is_worse=least is not None and least > ceiling),
     ]
 
@@ -350,11 +375,11 @@ def _missing_first(sample: Sample, recall: Check, settings: GateSettings) -> int
 
 # %% ../../nbs/60_judge/05_gate.ipynb #deb79c7f
 def _judge_first(evidence: Evidence, challenger: Contestant, settings: GateSettings, context: GateContext) -> Verdict:
-    sample = sample_of(evidence)
-    figures = figures_of(sample, answers_of(evidence, challenger), multiplicities(sample.units, settings.draws, settings.seed))
+    sample, answers = sample_of(evidence), answers_of(evidence, challenger)
+    figures = figures_of(sample, answers, multiplicities(sample.units, settings.draws, settings.seed))
     checks, limits = _first_checks(sample, figures, settings), _caps(sample, settings, context)
     caps = {name: text for name, text in limits.items() if name == "selection_unknown"}
-    warnings = [text for name, text in limits.items() if name == "provisional_calibration"] + _left_out(sample)
+    warnings = [text for name, text in limits.items() if name == "provisional_calibration"] + _of_the_evidence(sample, context)
     verdict: VerdictName = "not_enough_evidence"
     if any(check.is_worse for check in checks):
         verdict, summary = "reject", _led("Reject", next(check.sentence for check in checks if check.is_worse))
@@ -362,8 +387,8 @@ def _judge_first(evidence: Evidence, challenger: Contestant, settings: GateSetti
         verdict, summary = "first", _led("The first model of this home", checks[0].sentence)
     else:
         summary = _led("Not enough evidence", next(iter(caps.values()), None) or next(check.sentence for check in checks if not check.holds))
-    numbers = {**_numbers(evidence, sample, settings), "champion": None, "challenger": asdict(figures)}
-    return _deliver(verdict, summary, checks, caps, warnings, numbers, _missing_first(sample, checks[0], settings), context)
+    numbers = {**_numbers(evidence, sample, settings, context), "champion": None, "challenger": asdict(figures)}
+    return _deliver(verdict, summary, checks, caps, warnings, numbers, _missing_first(sample, checks[0], settings), context, _costs(sample, {"challenger": answers}, settings))
 
 # %% ../../nbs/60_judge/05_gate.ipynb #529fa10c
 def judge(
@@ -373,7 +398,7 @@ def judge(
     settings: GateSettings = GateSettings(),
     context: GateContext = GateContext(),
 ) -> Verdict:
-    "The verdict on a challenger. Raises `MISSING_PREDICTIONS` and `NO_THRESHOLD`."
+    "The verdict on a challenger. Raises `MISSING_PREDICTIONS`, `BAD_SCORES` and `NO_THRESHOLD`."
     if champion is None:
         return _judge_first(evidence, challenger, settings, context)
     return _judge_pair(evidence, champion, challenger, settings, context)
