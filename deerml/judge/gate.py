@@ -17,7 +17,7 @@ import numpy as np
 
 from ..core.clock import now
 from .bootstrap import ALPHA, DRAWS, Interval, effective_visits, multiplicities
-from .cost import Costs, cost_in_words, costs_of, expected_costs
+from .calibrate import Costs, cost_in_words, costs_of, expected_costs
 from .compare import SLICE_VISITS, Answers, Comparison, Contestant, Figures, answers_of, compare, figures_of, in_words, plural
 from .evidence import Evidence, Sample, sample_of
 
