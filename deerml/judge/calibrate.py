@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MIN_WINDOWS', 'MIN_CAMERA_WINDOWS', 'DEFAULT_THRESHOLD', 'STEP', 'WINDOWS_AN_HOUR', 'NIGHT_HOURS', 'NIGHTS_A_MONTH',
            'lowest_threshold', 'Costs', 'costs_of', 'unit_costs', 'expected_costs', 'cost_in_words',
-           'cheapest_threshold', 'Change', 'Calibration', 'calibrate']
+           'cheapest_threshold', 'Change', 'Calibration', 'calibrate', 'Chosen', 'better_on_val']
 
 # %% ../../nbs/60_judge/03_calibrate.ipynb #1571bce3
 import math
@@ -15,6 +15,7 @@ from typing import Literal
 
 import numpy as np
 
+from ..core.errors import DeermlError
 from .bootstrap import Interval, interval, multiplicities, paired_bootstrap, recall_bounds
 from .evidence import Evidence, Predictions, Sample, Thresholds, ThresholdTable, drawn_only, sample_of
 from .metrics import Decisions, Peaks, decide, peaks_of, visit_recall
@@ -259,3 +260,30 @@ def _notes(kind: str, drawn: int, unseen: Sequence[str]) -> tuple[str, ...]:
     "What the owner should know of these thresholds"
     notes = [f"Provisional: {drawn} drawn windows on the val nights, {MIN_WINDOWS} are needed. All reviewed windows count alike."] if kind == "provisional" else []
     return (*notes, *(f"The model put no box of class {label} on any val frame; its threshold is the default." for label in unseen))
+
+# %% ../../nbs/60_judge/03_calibrate.ipynb #e524f52b
+@dataclass(frozen=True)
+class Chosen:
+    "The candidate that goes to the gate, and why"
+
+    name: str
+    sentence: str
+    figures: Mapping[str, Mapping[str, float | None]]  # of every candidate, to be written down
+
+# %% ../../nbs/60_judge/03_calibrate.ipynb #75a3ebd5
+def better_on_val(
+    candidates: Mapping[str, Calibration],  # by name; the first wins a tie
+) -> Chosen:
+    "The better of several candidates on the same val nights. Raises `BAD_EVIDENCE` when the nights were not the same."
+    if len({(one.calibration, one.windows, one.visits) for one in candidates.values()}) != 1:
+        raise DeermlError("BAD_EVIDENCE", "These candidates were not calibrated on the same windows.", why="Their figures cannot be compared.", next_step="Calibrate them on the val nights of one dataset version.")
+    priced = all(one.expected_cost is not None for one in candidates.values())
+    figures = {name: {"expected_cost": one.expected_cost, "recall": one.recall, "false_alarms": one.expected_false_alarms} for name, one in candidates.items()}
+
+    def rank(name: str) -> tuple[float, ...]:
+        cost, recall, alarms = figures[name].values()
+        return tuple(round(value, 9) for value in ((cost,) if priced else (-(recall or 0.0), alarms)))
+
+    best = min(figures, key=rank)
+    why = f"costs {figures[best]['expected_cost']:.1f} a camera and month" if priced else f"finds {figures[best]['recall'] or 0:.0%} of the visits at {figures[best]['false_alarms']:.2f} false alarms a camera and night"
+    return Chosen(best, f"On the val nights {best} is the better one: it {why}.", figures)
