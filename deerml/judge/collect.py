@@ -183,10 +183,10 @@ def evidence_rate(
     if evidence.visits and sample.selection == "unknown":
         return Rate(None, "none of its visits came from a draw, and no others are counted")
     counted = [f"{visit.camera}/{visit.night}" for visit, weight in zip(evidence.visits, sample.visit_weight) if weight > 0]
-    rate = 0.0
+    days, rate = {key.rpartition("/")[2] for key in over}, 0.0
     for kind, least in (("test", 1), ("exam", EXAM_DAYS)):
-        days = {key.rpartition("/")[2] for key in over if kind == "test" or nights.get(key) == kind}
-        rate += sum(key in over and nights.get(key) == kind for key in counted) / max(len(days), least)
+        first = min((key.rpartition("/")[2] for key in over if kind == "test" or nights.get(key) == kind), default="")
+        rate += sum(key in over and nights.get(key) == kind for key in counted) / max(sum(day >= first for day in days), least)
     return Rate(rate) if rate else Rate(None, "no visit has come yet on a night that may judge these models")
 
 # %% ../../nbs/60_judge/06_collect.ipynb #9178f208
