@@ -60,7 +60,7 @@ def freeze_test(
     store: Store,
     evidence: Evidence,  # everything reviewed on the admissible nights
     nights: Iterable[str],  # the test nights among them, by key
-) -> FrozenTest | None:  # none before a test night was reviewed
+) -> FrozenTest | None:  # none where no test night is among the evidence
     "The test version of today: the last one where nothing has changed, else a new one"
     wanted = set(nights)
     reviewed = [night for frame in evidence.frames if (night := f"{frame.camera}/{frame.night}") in wanted]
@@ -69,7 +69,7 @@ def freeze_test(
         known = _versions(connection)
         last = known[-1] if known else None
         if not reviewed or (last and last.digest == digest):
-            return last
+            return last if reviewed else None
         connection.execute(schema.test_version.insert().values(
             name=f"test-v{len(known) + 1}", parent=last.name if last else None, nights=json.dumps(sorted(set(reviewed) | (last.nights if last else set()))),
             frames=len(reviewed), digest=digest, made_at=stamp(now())))
