@@ -10,7 +10,7 @@ import onnx
 import pytest
 import sqlalchemy as sa
 
-from deerml.app.conductor import judge_bundle, last_judgement
+from deerml.app.trial import judge_bundle, judged_in_words, last_judgement
 from deerml.capture import schema
 from deerml.capture.store import NewFrame, Store, add_frames, frames, image_path
 from deerml.capture.truth import BoxVerdict, FrameStatement, record
@@ -363,3 +363,10 @@ def test_the_goal_of_a_release_may_be_named(store):
     assert "in false alarms" in " ".join(judged.verdict.reasons)
     with pytest.raises(DeermlError, match="cannot be the goal"):
         judge_bundle(store, judged.bundle, AFTER, primary="ap")
+
+
+def test_the_terminal_says_what_was_used(store):
+    words = judged_in_words(judge_bundle(store, bundle_of(store, SEEING), AFTER))
+    tests = len(frozen_tests(store)[0].nights)
+    assert words.startswith("Promote: ") and words.endswith(f"Judged on {tests} nights of test-v1 and {NIGHTS - tests} exam nights.")
+    assert f"camera gate +100 points of {NIGHTS} visits" in words
