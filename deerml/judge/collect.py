@@ -15,8 +15,8 @@ import sqlalchemy as sa
 
 from ..capture import schema
 from ..capture.light import keep_lights, light_of
-from ..capture.store import Frame, Store, StoredDetection, detections, exposure_hours, frames, frames_by_id, image_bytes, record_inference
-from ..capture.truth import complete_truths
+from ..capture.store import Frame, Store, StoredDetection, detections, exposure_hours, frames, image_bytes, record_inference
+from ..capture.truth import COMPLETE, complete_truths, truths
 from ..capture.visits import visits_of
 from ..core.clock import night_bounds
 from ..core.durable import canonical_json, sha256_bytes
@@ -201,8 +201,8 @@ def notes_on(
     future = sorted(key for key, (start, _) in _night_ends(store).items() if start > at)
     if future:
         ahead.append(f"{len(future)} of the nights lie ahead and judge nothing, first {future[0]}: check the clock of that camera, and of this computer.")
-    complete = complete_truths(store, store.home.settings.classes)
-    expired = sum(frame.expired and frame.night_key in nights for frame in frames_by_id(store, list(complete)))
+    classes, gone = store.home.settings.classes, [frame.id for frame in frames(store) if frame.expired and frame.night_key in nights]
+    expired = sum(truth.state(classes) in COMPLETE for truth in truths(store, classes, gone).values())
     if expired:
         ahead.append(f"{expired} reviewed {'frame' if expired == 1 else 'frames'} of these nights had expired and could not be shown to the models; left out.")
     return tuple(ahead)
