@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BATCH', 'EXAM_DAYS', 'Origin', 'admissible_nights', 'evidence_of', 'window_probabilities', 'sight_key', 'look',
-           'visits_per_night', 'Rate', 'evidence_rate', 'notes_on']
+           'Rate', 'evidence_rate', 'notes_on']
 
 # %% ../../nbs/60_judge/06_collect.ipynb #d5bd31e0
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -150,12 +150,6 @@ def look(
         if on_progress:
             on_progress(min(start + BATCH, len(missing)), len(missing))
     return known | (detections(store, key, {frame.id for frame in missing}) if missing else {})
-
-# %% ../../nbs/60_judge/06_collect.ipynb #3b77470e
-def visits_per_night(evidence: Evidence) -> float:
-    "Visits a night of the whole yard, as far as the reviewed nights tell"
-    nights = {night for _, night in evidence.exposure_hours} or {frame.night for frame in evidence.frames}
-    return len(evidence.visits) / len(nights) if nights else 0.0
 
 # %% ../../nbs/60_judge/06_collect.ipynb #126c718e
 EXAM_DAYS = 7  # at least; one lucky exam night is no rate
