@@ -12,15 +12,18 @@ import pytest
 import sqlalchemy as sa
 
 from deerml.app import trial
+from deerml.app.training import Run
 from deerml.app.trial import judge_bundle, judged_in_words, last_judgement
 from deerml.capture import schema
 from deerml.capture.store import NewFrame, Store, add_frames, frames, image_path
 from deerml.capture.truth import BoxVerdict, FrameStatement, record
 from deerml.core.box import Box
 from deerml.core.clock import parse_time
+from deerml.core.durable import sha256_bytes
 from deerml.core.errors import DeermlError
 from deerml.core.settings import Home
 from deerml.data.split import assign_nights, split_of
+from deerml.data.version import freeze
 from deerml.judge.collect import Origin, admissible_nights, evidence_of, evidence_rate, look, notes_on
 from deerml.judge.compare import Contestant
 from deerml.judge.evidence import Mark, Thresholds, practice_evidence, practice_predictions
@@ -333,9 +336,7 @@ def test_a_corrected_label_makes_another_version_and_other_figures(store):
     judge_bundle(store, bundle, AFTER)
     [before] = frozen_tests(store)
     wrong = next(frame for frame in frames(store) if frame.night_key in before.nights)
-    with store.read() as connection:
-        key = connection.scalar(sa.select(schema.review_event.c.box_key).where(schema.review_event.c.frame_id == wrong.id, schema.review_event.c.kind == "box"))
-    record(store, "ann", [BoxVerdict(wrong.id, "false_positive", "deer", SPOT, box_key=key), FrameStatement(wrong.id, "nothing_here", ("deer",))])
+    call_empty(store, wrong.id)
     judged = judge_bundle(store, bundle, AFTER)
     first, second = frozen_tests(store)
     assert first == before and second.nights == first.nights and second.digest != first.digest and second.parent == "test-v1"
@@ -376,3 +377,48 @@ def test_the_terminal_says_what_was_used(store):
     tests = len(frozen_tests(store)[0].nights)
     assert words.startswith("Promote: ") and words.endswith(f"Judged on {tests} nights of test-v1 and {NIGHTS - tests} exam nights.")
     assert f"camera gate +100 points of {NIGHTS} visits" in words
+
+
+# -- sealing ------------------------------------------------------------------------------------------------------
+
+
+def run_of(store: Store) -> Run:
+    "A finished training whose candidate is the detector of bright spots"
+    version = freeze(store, at=AFTER).version
+    folder = store.home.runs / "first/candidate"
+    folder.mkdir(parents=True)
+    (folder / "model.onnx").write_bytes(spot_model(["deer"]))
+    draft = spot_draft(["deer"]).model_copy(update={"input": Input(size=160)})
+    (folder / "candidate.json").write_text(json.dumps(draft.model_dump(mode="json") | {"model_sha256": sha256_bytes(spot_model(["deer"]))}))
+    return Run(folder.parent, {"dataset": version.name, "finished_at": "t"})
+
+
+def test_a_seal_says_what_is_expected_to_change(store):
+    bundle = trial.seal_candidate(store, run_of(store))
+    calibration = trial.calibration_of(store, bundle.digest)
+    assert calibration["recall"] == 1.0 and calibration["change"]["recall"]["estimate"] == 1.0 and calibration["expected_cost"] is None
+    assert "as many false alarms as the champion" in calibration["change"]["sentence"] and "finds 100.0 points more of the visits" in calibration["change"]["sentence"]
+    assert trial.calibration_of(store, "unknown") is None
+
+
+def call_empty(store: Store, frame_id: int) -> None:
+    "The same reviewer takes the box of this frame back"
+    with store.read() as connection:
+        key = connection.scalar(sa.select(schema.review_event.c.box_key).where(schema.review_event.c.frame_id == frame_id, schema.review_event.c.kind == "box"))
+    record(store, "ann", [BoxVerdict(frame_id, "false_positive", "deer", SPOT, box_key=key), FrameStatement(frame_id, "nothing_here", ("deer",))])
+
+
+def test_prices_choose_a_higher_threshold_within_the_budget(store):
+    assign_nights(store)
+    call_empty(store, next(number for number, frame in enumerate(frames(store), 1) if number % 6 == 2 and split_of("deerml", frame.night_key) == "val"))
+    run, found = run_of(store), {}
+    for missed in (0.0, 100.0, 0.001):  # not said, a visit is worth any alarm, hardly worth one
+        bundle = trial.seal_candidate(replace_settings(store, cost_missed_visit=missed, cost_false_alarm=1.0), run)
+        found[missed] = bundle.serving.thresholds.shared["deer"], trial.calibration_of(store, bundle.digest)
+    assert found[0.0][0] == found[100.0][0] == 0.05 and found[0.001][0] > 0.5
+    assert found[0.0][1]["expected_false_alarms"] > 0 == found[0.001][1]["expected_false_alarms"] and found[0.001][1]["expected_cost"] is not None
+
+
+def replace_settings(store: Store, **chosen: object) -> Store:
+    store.home = replace(store.home, settings=store.home.settings.model_copy(update=chosen))
+    return store

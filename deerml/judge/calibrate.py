@@ -73,11 +73,12 @@ def unit_costs(
     sample: Sample,
     done: Decisions,
     costs: Costs,
+    nights: float,  # camera-nights that the weights stand for
 ) -> np.ndarray:  # float [U], a camera and month; all units together are the expected cost
     "What each resampling unit adds to the cost"
     missed = np.bincount(sample.visit_unit, weights=sample.visit_weight * ~done.hits, minlength=sample.units)
     false = np.bincount(sample.window_unit, weights=sample.window_weight * done.alarms, minlength=sample.units)
-    return (costs.missed_visit * missed + costs.false_alarm * false) * NIGHTS_A_MONTH / max(sample.camera_nights, 1)
+    return (costs.missed_visit * missed + costs.false_alarm * false) * NIGHTS_A_MONTH / nights
 
 # %% ../../nbs/60_judge/03_calibrate.ipynb #35d87f50
 def expected_costs(
@@ -89,7 +90,7 @@ def expected_costs(
     "The expected cost of each model a camera and month"
     if costs is None or sample.selection != "drawn" or not sample.camera_nights:
         return None
-    units = {name: unit_costs(sample, done, costs) for name, done in models.items()}
+    units = {name: unit_costs(sample, done, costs, sample.camera_nights) for name, done in models.items()}
     if "champion" in units:
         units["difference"] = units["challenger"] - units["champion"]
     return {name: interval(values.sum(), counts @ values) for name, values in units.items()}
@@ -242,7 +243,6 @@ def calibrate(
     done = decide(basis, peaks, thresholds)
     before = decide(basis, peaks_of(basis, champion[0]), champion[1]) if champion and nights else None
     drawn = sum(window.role == "drawn" for window in basis.windows)
-    price = expected_costs(sample, {"challenger": done}, costs, np.ones((1, sample.units)))
     return Calibration(
         thresholds=thresholds,
         calibration=kind,
@@ -251,7 +251,7 @@ def calibrate(
         windows=drawn if kind == "drawn" else len(basis.windows),
         visits=sample.visits,
         notes=_notes(kind, drawn, [label for column, label in enumerate(basis.classes) if not _seen(peaks, column)]),
-        expected_cost=price["challenger"].estimate if price else None,
+        expected_cost=float(unit_costs(sample, done, costs, nights).sum()) if costs and nights else None,
         change=_change(sample, nights, before, done) if before else None,
     )
 
