@@ -12,6 +12,7 @@ import pytest
 import sqlalchemy as sa
 
 from deerml.app import trial
+from deerml.app.status import status_of
 from deerml.app.training import Run
 from deerml.app.trial import judge_bundle, judged_in_words, last_judgement
 from deerml.capture import schema
@@ -23,7 +24,7 @@ from deerml.core.durable import sha256_bytes
 from deerml.core.errors import DeermlError
 from deerml.core.settings import Home
 from deerml.data.split import assign_nights, split_of
-from deerml.data.version import freeze
+from deerml.data.version import freeze, open_version
 from deerml.judge.collect import Origin, admissible_nights, evidence_of, evidence_rate, look, notes_on
 from deerml.judge.compare import Contestant
 from deerml.judge.evidence import Mark, Thresholds, practice_evidence, practice_predictions
@@ -406,6 +407,17 @@ def call_empty(store: Store, frame_id: int) -> None:
     with store.read() as connection:
         key = connection.scalar(sa.select(schema.review_event.c.box_key).where(schema.review_event.c.frame_id == frame_id, schema.review_event.c.kind == "box"))
     record(store, "ann", [BoxVerdict(frame_id, "false_positive", "deer", SPOT, box_key=key), FrameStatement(frame_id, "nothing_here", ("deer",))])
+
+
+def test_what_a_candidate_was_made_of_never_judges_it(store):
+    "Its training nights and the val nights of its thresholds are seen; what is left are the test nights"
+    run = run_of(store)
+    judged = trial.gate(store, run, AFTER)
+    used, made_of = {f"{frame.camera}/{frame.night}" for frame in judged.evidence.frames}, open_version(store.home.datasets).nights
+    assert {split for night, split in made_of.items() if night not in used} == {"train", "val"} and len(made_of) == NIGHTS
+    assert used == {night for night, split in made_of.items() if split == "test"} == frozen_tests(store)[-1].nights
+    assert judged.verdict.verdict == "not_enough_evidence" and judged.verdict.missing_visits == 10 - len(used)
+    assert status_of(store).lines["test"] == f"test-v1, {len(used)} nights, has judged 1 model"
 
 
 def test_prices_choose_a_higher_threshold_within_the_budget(store):
