@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['seal_candidate', 'Judged', 'gate', 'judge_bundle', 'gate_settings', 'calibration_of', 'last_judgement',
-           'write_judgement_page', 'summary_of', 'find_judged']
+           'judged_in_words', 'write_judgement_page', 'summary_of', 'find_judged']
 
 # %% ../../nbs/90_app/01_trial.ipynb #a542d642
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -25,11 +25,12 @@ from ..core.settings import Home
 from ..data.split import assign_nights
 from ..data.version import open_version
 from ..judge.calibrate import calibrate
-from ..judge.collect import Origin, admissible_nights, evidence_of, look, visits_per_night
+from ..judge.collect import Origin, admissible_nights, evidence_of, evidence_rate, look, notes_on
 from ..judge.evidence import Evidence, drawn_only
 from ..judge.compare import Contestant
-from ..judge.gate import GateContext, GateSettings, Verdict, judge
 from ..judge.exhibits import exhibits_of
+from ..judge.gate import PRIMARIES, GateContext, GateSettings, Verdict, judge
+from ..judge.ledger import FrozenTest, freeze_test, log_use, models_judged
 from ..judge.report import Side, curve_of, curves_to_keep, expecting, write_report
 from ..model.bundle import Bundle, Thresholds, champion, seal
 from ..train.export import load_candidate
@@ -40,11 +41,12 @@ def seal_candidate(store: Store, run: Run, on_progress: Progress = quiet) -> Bun
     home = store.home
     candidate, version = load_candidate(run.candidate), open_version(home.datasets, run.result["dataset"])
     evidence = evidence_of(store, [night for night, split in version.nights.items() if split == "val"])
-    seen = look(store, candidate, _judged_frames(store, evidence), lambda done, total: on_progress("calibrate", done, total))
-    chosen = calibrate(evidence, seen, home.settings.false_alarms_per_night, candidate.serving.keep_score, home.settings.classes)
+    wanted, acting = _judged_frames(store, evidence), champion(home)
+    seen = look(store, candidate, wanted, lambda done, total: on_progress("calibrate", done, total))
+    beside = (look(store, acting, wanted, _looking(on_progress, "champion")), acting.serving.thresholds) if acting and _of_this_home(home, acting) else None
+    chosen = calibrate(evidence, seen, home.settings.false_alarms_per_night, candidate.serving.keep_score, home.settings.classes, gate_settings(home).costs, beside)
     thresholds = Thresholds(shared=dict(chosen.thresholds.shared), cameras={name: dict(own) for name, own in chosen.thresholds.cameras.items()})
     bundle = seal(candidate.model_path, candidate.serving, thresholds, chosen.calibration, home.bundles)
-    acting = champion(home)
     remember(store, bundle, "trained", acting.digest if acting else None, run.result | {"run": run.id, "calibration": chosen.to_dict()},
               dataset=version.name, data_until=version.manifest["data_until"], nights_known=True)
     return bundle
@@ -64,6 +66,8 @@ class Judged:
     evidence: Evidence
     contestants: Mapping[str, Contestant]  # "challenger", and "champion" where there is one
     datasets: Mapping[str, str | None]  # what each was trained on
+    test: FrozenTest | None = None  # the test version that was used; none where no test night was reviewed
+    calibration: Mapping | None = None  # how its thresholds were found and what was expected of them, see `calibration_of`
 
     @property
     def seen(self) -> dict[str, Mapping[int, Sequence]]:
@@ -71,27 +75,48 @@ class Judged:
         return {name: one.predictions for name, one in self.contestants.items()}
 
 # %% ../../nbs/90_app/01_trial.ipynb #532f0b2a
-def gate(store: Store, run: Run | None = None, at: datetime | None = None, on_progress: Progress = quiet) -> Judged:
-    "Seal a candidate and judge it against the champion. Raises `NO_RUN`, `NIGHT_SEEN`, `SAME_MODEL`."
-    return judge_bundle(store, seal_candidate(store, run or find_run(store.home), on_progress), at, on_progress)
+def gate(store: Store, run: Run | None = None, at: datetime | None = None, on_progress: Progress = quiet, primary: str | None = None) -> Judged:
+    "Seal a candidate and judge it against the champion. Raises `NO_RUN`, and as `judge_bundle`."
+    gate_settings(store.home, primary)  # a goal that does not exist is refused before the work
+    return judge_bundle(store, seal_candidate(store, run or find_run(store.home), on_progress), at, on_progress, primary)
 
 # %% ../../nbs/90_app/01_trial.ipynb #4240279b
-def judge_bundle(store: Store, bundle: Bundle, at: datetime | None = None, on_progress: Progress = quiet) -> Judged:
-    "Judge a sealed bundle against the champion on nights that neither has seen, and write the judgement down"
-    acting, at = champion(store.home), at or now()
+def judge_bundle(
+    store: Store,
+    bundle: Bundle,
+    at: datetime | None = None,  # default: now
+    on_progress: Progress = quiet,
+    primary: str | None = None,  # where it must be better; default: the settings'
+) -> Judged:
+    "Judge a sealed bundle against the champion on nights that neither has seen, and write the judgement down. Raises `SAME_MODEL`, `WRONG_CLASSES`, `NIGHT_SEEN`, `BAD_PRIMARY`, `BAD_OUTPUT`, `IMAGE_GONE`."
+    acting, at, rules = champion(store.home), at or now(), gate_settings(store.home, primary)
     if acting is not None and acting.digest == bundle.digest:
         raise DeermlError("SAME_MODEL", "This model acts already.", why="The candidate is the champion itself.", next_step="Train on new data first.")
     assign_nights(store)
     models = {"challenger": bundle} | ({"champion": acting} if acting else {})
+    _check_classes(store.home, models)
     origins = {name: origin_of(store, model.digest) for name, model in models.items()}
     nights = admissible_nights(store, list(origins.values()), at)
     wanted = _judged_frames(store, evidence_of(store, nights))
     contestants = {name: Contestant(look(store, model, wanted, _looking(on_progress, name)), model.serving.thresholds, model.digest) for name, model in models.items()}
-    evidence = _weighed(evidence_of(store, nights, lights(store)))
-    verdict = judge(evidence, contestants.get("champion"), contestants["challenger"], gate_settings(store.home), _context(store, models, origins, evidence, at))
-    judged = Judged(bundle, acting, verdict, evidence, contestants, {name: origin.dataset for name, origin in origins.items()})
+    reviewed = evidence_of(store, nights, lights(store))
+    evidence, test = _weighed(reviewed), freeze_test(store, reviewed, [night for night, kind in nights.items() if kind == "test"])
+    context = _context(store, models, origins, nights, evidence, test, at)
+    verdict = judge(evidence, contestants.get("champion"), contestants["challenger"], rules, context)
+    judged = Judged(bundle, acting, verdict, evidence, contestants, {name: origin.dataset for name, origin in origins.items()}, test, calibration_of(store, bundle.digest))
     _write_down(store, judged)
     return judged
+
+# %% ../../nbs/90_app/01_trial.ipynb #4ca15815
+def _of_this_home(home: Home, model: Bundle) -> bool:
+    return set(model.serving.classes) == set(home.settings.classes)
+
+
+def _check_classes(home: Home, models: Mapping[str, Bundle]) -> None:
+    for name, model in models.items():
+        if not _of_this_home(home, model):
+            raise DeermlError("WRONG_CLASSES", f"The {name} {model.digest[:12]} was made for {', '.join(model.serving.classes)}.", why=f"This home has {', '.join(home.settings.classes)}.",
+                              next_step="Correct `classes` in deerml.toml, or begin anew with a model for these classes: `deerml adopt`.")
 
 # %% ../../nbs/90_app/01_trial.ipynb #bb4ab0f0
 def _weighed(evidence: Evidence) -> Evidence:
@@ -103,30 +128,40 @@ def _looking(on_progress: Progress, name: str) -> Callable[[int, int], None]:
     return lambda done, total: on_progress(f"{name} looks", done, total)
 
 # %% ../../nbs/90_app/01_trial.ipynb #a92c421c
-def gate_settings(home: Home) -> GateSettings:
-    "The gate's rules as the owner set them"
-    names = ("recall_margin", "false_alarm_ratio_margin", "false_alarms_per_night", "false_alarm_margin", "min_visits", "floor_recall")
-    return GateSettings(**{name: getattr(home.settings, name) for name in names})
+def gate_settings(
+    home: Home,
+    primary: str | None = None,  # where a new model must be better; default: the settings'
+) -> GateSettings:
+    "The gate's rules as the owner set them. Raises `BAD_PRIMARY`."
+    if primary not in (None, *PRIMARIES):
+        raise DeermlError("BAD_PRIMARY", f"{primary!r} cannot be the goal of a release.", why="AP describes how boxes fit and not what the owner gets.", next_step=f"Name one of {', '.join(PRIMARIES)}.")
+    shared = {field.name for field in fields(GateSettings)} & set(type(home.settings).model_fields)
+    rules = GateSettings(**{name: getattr(home.settings, name) for name in shared})
+    return replace(rules, primary=primary) if primary else rules
 
 # %% ../../nbs/90_app/01_trial.ipynb #d75eb16f
-def _context(store: Store, models: Mapping[str, Bundle], origins: Mapping[str, Origin], evidence: Evidence, at: datetime) -> GateContext:
+def _context(store: Store, models: Mapping[str, Bundle], origins: Mapping[str, Origin], nights: Mapping[str, str], evidence: Evidence, test: FrozenTest | None, at: datetime) -> GateContext:
     "What the gate must know beside the evidence"
-    known = "champion" not in origins or origins["champion"].nights_known
-    with store.read() as connection:
-        earlier = connection.scalar(sa.select(sa.func.count(sa.distinct(schema.judgement.c.challenger))).where(schema.judgement.c.challenger != models["challenger"].digest))
+    rate = evidence_rate(store, evidence, nights, at)
     return GateContext(
-        provisional=models["challenger"].serving.calibration != "drawn", champion_nights_known=known,
-        visits_per_day=visits_per_night(evidence) or None, today=at.date(), earlier_judgements=earlier)
+        provisional=models["challenger"].serving.calibration != "drawn",
+        champion_nights_known="champion" not in origins or origins["champion"].nights_known,
+        visits_per_day=rate.visits_per_day, rate_unknown=rate.why_unknown, today=at.date(),
+        test_version=test.name if test else None, earlier_judgements=len(models_judged(store, test, models["challenger"].digest)) if test else 0,
+        notes=notes_on(store, nights, origins, at))
 
 # %% ../../nbs/90_app/01_trial.ipynb #d1003308
 def _write_down(store: Store, judged: Judged) -> None:
     nights = sorted({f"{frame.camera}/{frame.night}" for frame in judged.evidence.frames})
     curves = curves_to_keep({name: curve_of(judged.evidence, one) for name, one in judged.contestants.items()})
     result = judged.verdict.to_dict() | {"nights": nights, "curves": curves}
+    beaten = judged.champion.digest if judged.champion else None
     with store.write() as connection:
-        connection.execute(schema.judgement.insert().values(
-            made_at=stamp(now()), champion=judged.champion.digest if judged.champion else None, challenger=judged.bundle.digest,
+        made = connection.execute(schema.judgement.insert().values(
+            made_at=stamp(now()), champion=beaten, challenger=judged.bundle.digest,
             dataset=judged.datasets["challenger"], verdict=judged.verdict.verdict, result=json.dumps(result, sort_keys=True)))
+        if judged.test:
+            log_use(connection, judged.test, judged.bundle.digest, beaten, made.inserted_primary_key[0])
 
 # %% ../../nbs/90_app/01_trial.ipynb #d8a07cf2
 def calibration_of(store: Store, digest: str) -> dict | None:
@@ -146,6 +181,21 @@ def last_judgement(
     with store.read() as connection:
         row = connection.execute(query if digest is None else query.where(table.c.challenger == digest)).one_or_none()
     return None if row is None else json.loads(row.result) | {name: getattr(row, name) for name in ("champion", "challenger", "dataset", "verdict", "made_at")}
+
+# %% ../../nbs/90_app/01_trial.ipynb #835e7470
+def judged_in_words(judged: Judged) -> str:  # lines
+    "A judgement as the owner reads it"
+    verdict, calibration = judged.verdict, judged.calibration or {}
+    nights = {f"{frame.camera}/{frame.night}" for frame in judged.evidence.frames}
+    tests = len(nights & judged.test.nights) if judged.test else 0
+    used = f"Judged on {tests} nights of {judged.test.name}" if judged.test else "Judged on no test night"
+    slices = [f"{one['name']} {one['change'] * 100:+.0f} points of {one['visits']} visits" for one in verdict.numbers.get("slices", []) if one["visits"]]
+    return "\n".join([
+        verdict.summary, *(f"  {reason}" for reason in verdict.reasons), *(f"  ! {warning}" for warning in verdict.warnings),
+        *([f"Visits found, by camera, light and size: {', '.join(slices)}."] if slices else []),
+        *([change["sentence"]] if (change := calibration.get("change")) else []),
+        f"{used} and {len(nights) - tests} exam nights.",
+    ])
 
 # %% ../../nbs/90_app/01_trial.ipynb #04bbb5d5
 def write_judgement_page(
