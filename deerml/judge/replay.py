@@ -19,7 +19,7 @@ import sqlalchemy as sa
 
 from ..capture import schema
 from ..capture.blind import Replay, replays
-from ..capture.store import Frame, Store, StoredDetection, frames
+from ..capture.store import Frame, Store, StoredDetection, frames, image_path
 from ..core.box import iou_matrix
 from ..core.clock import WINDOW_MINUTES, night_bounds, parse_time, stamp
 from ..core.durable import sha256_bytes
@@ -209,7 +209,7 @@ def frames_of_nights(store: Store, nights: Iterable[str]) -> tuple[dict[WindowKe
     for frame in frames(store, schema.frame.c.night.between(dates[0], dates[-1]), schema.frame.c.taken_at.is_not(None)):
         if frame.night_key not in wanted:
             continue
-        if frame.expired:
+        if frame.expired or not image_path(store.home.images, frame.image, frame.media_type).is_file():
             expired += 1
         else:
             windows[frame.camera, frame.window].append(frame)
