@@ -209,7 +209,7 @@ def sentences_of(found: Replayed) -> list[str]:
     "The result for a person, most important first"
     replay, record = found.replay, found.replay.record
     differ = replay.strata.get("differs", (0, 0))[0]
-    told = [f"{found.words[0].upper()}{found.words[1:]}.",
+    told = [f"So far: {found.words}." if found.waiting else f"{found.words[0].upper()}{found.words[1:]}.",
             f"Counted on {plural(found.visits, 'visit')} in {plural(len(record['nights']), 'night')}; the two differ in {differ} of {plural(record['windows'], 'window')}."]
     if found.recall:
         recall = Interval(*(100 * value for value in asdict(found.recall).values()))
