@@ -25,6 +25,7 @@ from ..core.settings import Home
 from ..data.split import assign_nights
 from ..data.version import open_version
 from ..judge.calibrate import calibrate
+from ..judge.cases import run_cases, with_cases
 from ..judge.collect import Origin, admissible_nights, evidence_of, look, visits_per_night
 from ..judge.evidence import Evidence, drawn_only
 from ..judge.compare import Contestant
@@ -88,6 +89,7 @@ def judge_bundle(store: Store, bundle: Bundle, at: datetime | None = None, on_pr
     contestants = {name: Contestant(look(store, model, wanted, _looking(on_progress, name)), model.serving.thresholds, model.digest) for name, model in models.items()}
     evidence = _weighed(evidence_of(store, nights, lights(store)))
     verdict = judge(evidence, contestants.get("champion"), contestants["challenger"], gate_settings(store.home), _context(store, models, origins, evidence, at))
+    verdict = with_cases(verdict, run_cases(store, models, on_progress))  # blocks regressions; no evidence, so it comes after
     judged = Judged(bundle, acting, verdict, evidence, contestants, {name: origin.dataset for name, origin in origins.items()})
     _write_down(store, judged)
     return judged
