@@ -1,5 +1,6 @@
 """Starred frames block regressions, and are never evidence."""
 import json
+import shutil
 from dataclasses import replace
 from datetime import timedelta
 
@@ -7,6 +8,7 @@ import pytest
 import sqlalchemy as sa
 from typer.testing import CliRunner
 
+from deerml.app import trial
 from deerml.app.cli import app
 from deerml.app.conductor import publish, replay_judged
 from deerml.app.training import remember
@@ -16,6 +18,7 @@ from deerml.capture.store import Store, frames, image_path
 from deerml.capture.truth import FrameStatement, record
 from deerml.core.clock import stamp
 from deerml.core.errors import DeermlError
+from deerml.core.settings import Home
 from deerml.judge import gate as gate_room
 from deerml.judge.cases import add_case, list_cases, remove_case, run_cases, with_cases
 from deerml.judge.collect import evidence_of
@@ -34,13 +37,25 @@ def known(store: Store, bundle: Bundle) -> Bundle:
     return bundle
 
 
-@pytest.fixture
-def yard(tmp_path):
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
     "Reviewed, with a champion that finds all, and a challenger that does not act on the pale animals (frames 2, 6, 10)"
-    with replay_yard(tmp_path / "yard") as store:
+    home = tmp_path_factory.mktemp("cases") / "yard"
+    with replay_yard(home) as store:
         say_what_is_there(store)
-        store.champion, store.challenger = known(store, spot_bundle(store)), known(store, spot_bundle(store, 0.8))
-        adopt_current(store.home, store.champion.digest, "a test")
+        champion, challenger = known(store, spot_bundle(store)), known(store, spot_bundle(store, 0.8))
+        adopt_current(store.home, champion.digest, "a test")
+    return home, champion.digest, challenger.digest
+
+
+@pytest.fixture
+def yard(made, tmp_path, monkeypatch):
+    "A copy of it, with a gate that draws fewer samples"
+    rules = trial.gate_settings
+    monkeypatch.setattr(trial, "gate_settings", lambda home: replace(rules(home), draws=50))
+    shutil.copytree(made[0], tmp_path / "yard", symlinks=True)
+    with Store.open(Home.open(tmp_path / "yard")) as store:
+        store.champion, store.challenger = (Bundle.load(store.home.bundles / digest, digest) for digest in made[1:])
         yield store
 
 
