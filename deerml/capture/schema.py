@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['metadata', 'meta', 'camera', 'image', 'frame', 'sighting', 'exposure', 'feature', 'inference', 'detection', 'model',
            'judgement', 'review_event', 'draw', 'draw_stratum', 'draw_window', 'night_split', 'image_night', 'replay',
-           'replay_stratum', 'replay_window', 'case_event', 'wal_is_safe', 'open_engine', 'copy_sqlite', 'revision_of',
-           'migrate']
+           'replay_stratum', 'replay_window', 'case_event', 'test_version', 'test_use', 'wal_is_safe', 'open_engine',
+           'copy_sqlite', 'revision_of', 'migrate']
 
 # %% ../../nbs/20_capture/01_schema.ipynb #3bf263f4
 import sqlite3
@@ -102,6 +102,12 @@ replay_window = sa.Table(
     _text("role"), sa.UniqueConstraint("replay_id", "camera", "window", name="uq_replay_window"),
 )
 case_event = sa.Table("case_event", metadata, _id(), _text("made_at"), _refers("frame_id", "frame.id", index=True), _text("action"), _text("note"), _text("reviewer"))
+
+# %% ../../nbs/20_capture/01_schema.ipynb #3c716314
+test_version = sa.Table("test_version", metadata, _id(), _text("name", unique=True), _text("parent", null=True), _text("nights"), _whole("frames"), _text("digest"), _text("made_at"))
+test_use = sa.Table(
+    "test_use", metadata, _id(), _refers("version_id", "test_version.id", index=True), _text("challenger"), _text("champion", null=True), _refers("judgement_id", "judgement.id"), _text("made_at"),
+)
 
 # %% ../../nbs/20_capture/01_schema.ipynb #281946df
 def wal_is_safe(version: tuple[int, ...]) -> bool:
