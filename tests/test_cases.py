@@ -52,7 +52,7 @@ def made(tmp_path_factory):
 def yard(made, tmp_path, monkeypatch):
     "A copy of it, with a gate that draws fewer samples"
     rules = trial.gate_settings
-    monkeypatch.setattr(trial, "gate_settings", lambda home: replace(rules(home), draws=50))
+    monkeypatch.setattr(trial, "gate_settings", lambda *asked: replace(rules(*asked), draws=50))
     shutil.copytree(made[0], tmp_path / "yard", symlinks=True)
     with Store.open(Home.open(tmp_path / "yard")) as store:
         store.champion, store.challenger = (Bundle.load(store.home.bundles / digest, digest) for digest in made[1:])
