@@ -35,6 +35,10 @@ MUTANTS = {  # name: (file, what stands there, what the mutant has, the test tha
         "test_a_row_is_committed_only_after_its_file_is_durable"),
     "the digest of a bundle is not checked": (
         "model/bundle.py", "if (found := sha256_bytes(data)) != expected:", "if (found := sha256_bytes(data)) == 0:", "test_a_flipped_byte_in_a_bundle"),
+    "a training night is counted in replay": (
+        "judge/replay.py", "counted = tuple(sorted(there.keys() & may.keys()))", "counted = tuple(sorted(there))", "test_a_replay_counts_no_night"),
+    "replay shows the reviewer which model spoke": (
+        "review/items.py", "is_blind = (of_strip[0].camera, of_strip[0].window) in blind.windows", "is_blind = False", "test_a_replay_does_not_tell"),
 }
 
 

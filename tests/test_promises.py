@@ -15,12 +15,14 @@ from deerml.capture.store import NewFrame, Store, add_frames, frames, frames_by_
 from deerml.capture.truth import BoxVerdict, CompleteTruth, FrameStatement, record, truths
 from deerml.core.errors import DeermlError
 from deerml.core.settings import Home
-from deerml.data.split import splits
+from deerml.data.split import assign_nights, splits
 from deerml.data.version import Sample, freeze, samples_of
-from deerml.judge.collect import look
+from deerml.judge.collect import Origin, look
+from deerml.judge.replay import make_replay
 from deerml.model.bundle import Bundle, Thresholds, seal, spot_draft, spot_model
 from deerml.model.detector import Detector, decode
-from yards import AFTER, SPOT, START, picture, yard
+from deerml.review.items import View, build_item, item_name, plan_review
+from yards import AFTER, SPOT, START, picture, replay_yard, spot_bundle, yard
 
 
 def test_an_unreviewed_frame_never_becomes_a_label(tmp_path):
@@ -184,6 +186,33 @@ def test_a_flipped_byte_in_a_bundle_is_refused_before_it_is_parsed(tmp_path):
             assert caught.value.code == "DIGEST"
         path.write_bytes(good)
     assert Bundle.load(bundle.path).digest == bundle.digest
+
+
+def two_models(store: Store) -> tuple[Bundle, Bundle]:
+    "The second does not act on what is pale"
+    return spot_bundle(store), spot_bundle(store, 0.8)
+
+
+def test_a_replay_counts_no_night_that_a_model_was_trained_on(tmp_path):
+    with replay_yard(tmp_path / "yard", nights=4) as store:
+        pair = two_models(store)
+        assign_nights(store)
+        taught = {night for night, split in splits(store).items() if split != "test"} - {"gate/2026-09-04"}
+        known = [Origin(pair[0].digest), Origin(pair[1].digest, frozenset(taught))]
+        replay = make_replay(store, *pair, known, "2026-08-30..2026-09-30", AFTER)
+        shown = {f"{window.camera}/{window.window[:10]}" for window in replay.windows}
+        assert len(taught) >= 2 and "gate/2026-09-04" in shown and not shown & taught and set(replay.record["seen"]) == taught
+
+
+def test_a_replay_does_not_tell_which_model_spoke(tmp_path):
+    with replay_yard(tmp_path / "yard", nights=2) as store:
+        pair, pages = two_models(store), []
+        for champion, challenger in (pair, pair[::-1]):
+            make_replay(store, champion, challenger, [Origin(champion.digest), Origin(challenger.digest)], "2026-08-30..2026-09-30", AFTER)
+            view = View(store, "ann", champion)
+            pages.append(sorted((build_item(view, item_name(name)) for name in plan_review(view, "strip", "replay").items), key=lambda item: item["id"]))
+        boxes = [box for item in pages[0] for frame in item["frames"] for box in frame["boxes"]]
+        assert pages[0] == pages[1] and boxes and {(box["score"], box["kind"]) for box in boxes} == {(None, "suggestion")}
 
 
 def test_serving_loads_no_torch():
