@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 
 from .training import Progress, origin_of, quiet, remember
-from .trial import find_judged, gate_settings, last_judgement
+from .trial import calibration_of, find_judged, gate_settings, last_judgement
 from ..capture.blind import Replay, replays
 from ..capture.store import Store, frames, image_path
 from ..core.clock import now, stamp
@@ -19,6 +19,7 @@ from ..core.settings import Home
 from ..data.version import open_version
 from ..judge.replay import make_replay
 from ..judge.replayed import Margins, accepting_replay
+from ..judge.report import published_page
 from ..model.bundle import Bundle, Thresholds, champion, seal
 from ..ship.deploy import Deployed, adopt_current, deploy, rollback
 from ..ship.release import DatasetUsed, OwnerDecision, Release, list_releases
@@ -71,7 +72,7 @@ def publish(
     decision = OwnerDecision(reason=owner_reason, at=stamp(now()), replay=_replay_behind(store, digest)) if owner_reason else None
     version = open_version(home.datasets, found["dataset"]) if found["dataset"] else None
     return write_release(
-        Bundle.load(home.bundles / digest, digest), home.releases, verdict=found["verdict"], parent=found["champion"],
+        Bundle.load(home.bundles / digest, digest), home.releases, report=published_page(found | {"calibration": calibration_of(store, digest)}), verdict=found["verdict"], parent=found["champion"],
         dataset=DatasetUsed(name=version.name, manifest_sha256=version.digest, data_until=version.manifest["data_until"]) if version else None,
         metrics=found["numbers"].get("challenger") or {}, reasons=found["reasons"],
         owner_decision=decision)
