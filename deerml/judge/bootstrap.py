@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ALPHA', 'DRAWS', 'Interval', 'multiplicities', 'interval', 'paired_bootstrap', 'paired_average_precision',
-           'swap_test', 'recall_gain', 'alarm_gain', 'betainc', 'beta_quantile', 'clopper_pearson', 'effective_visits',
-           'recall_bounds']
+           'swap_test', 'recall_gain', 'alarm_gain', 'log_betainc', 'betainc', 'beta_quantile', 'clopper_pearson',
+           'effective_visits', 'recall_bounds']
 
 # %% ../../nbs/60_judge/02_bootstrap.ipynb #1d8fb0af
 import math
@@ -130,6 +130,8 @@ def swap_test(
     seed: int = 0,
 ) -> float:  # p value; small means: not luck
     "How often chance alone makes the challenger look this good"
+    # A unit in which both did alike is the same either way up, and most are: they need no coin.
+    differences = differences[differences != 0]
     observed = differences.sum()
     signs = np.random.default_rng(seed).integers(0, 2, (flips, len(differences)), dtype=np.int8) * 2 - 1
     # Sums that should be equal differ in the last bits, which must not count as a win.
@@ -168,6 +170,20 @@ def _away(value: float, tiny: float) -> float:
     "The value, kept away from zero"
     return value if abs(value) > tiny else tiny
 
+# %% ../../nbs/60_judge/02_bootstrap.ipynb #df8c4665
+def log_betainc(
+    a: float,  # above 0
+    b: float,  # above 0
+    x: float,  # 0 to 1
+) -> float:  # -inf to 0
+    "The logarithm of `betainc`, right also where that is too small for a number"
+    if x <= 0 or x >= 1:
+        return 0.0 if x >= 1 else -math.inf
+    if x > (a + 1) / (a + b + 2):
+        return math.log1p(-math.exp(log_betainc(b, a, 1 - x)))
+    front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
+    return front + math.log(_beta_fraction(a, b, x) / a)
+
 # %% ../../nbs/60_judge/02_bootstrap.ipynb #0082ea58
 def betainc(
     a: float,  # above 0
@@ -175,12 +191,9 @@ def betainc(
     x: float,  # 0 to 1
 ) -> float:  # 0 to 1
     "The regularised incomplete beta function: the chance that a Beta(a, b) value is below x"
-    if x <= 0 or x >= 1:
-        return float(x >= 1)
-    if x > (a + 1) / (a + b + 2):
-        return 1 - betainc(b, a, 1 - x)
-    front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
-    return math.exp(front) * _beta_fraction(a, b, x) / a
+    if 0 < x < 1 and x > (a + 1) / (a + b + 2):
+        return 1 - math.exp(log_betainc(b, a, 1 - x))
+    return math.exp(log_betainc(a, b, x))
 
 # %% ../../nbs/60_judge/02_bootstrap.ipynb #03da4ec2
 def beta_quantile(
@@ -192,6 +205,8 @@ def beta_quantile(
     low, high = 0.0, 1.0
     for _ in range(100):
         middle = (low + high) / 2
+        if not low < middle < high:  # no number lies between them
+            break
         low, high = (middle, high) if betainc(a, b, middle) < probability else (low, middle)
     return (low + high) / 2
 
