@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ALPHA', 'DRAWS', 'Interval', 'multiplicities', 'interval', 'paired_bootstrap', 'paired_average_precision',
-           'swap_test', 'recall_gain', 'alarm_gain', 'log_betainc', 'betainc', 'beta_quantile', 'clopper_pearson',
-           'effective_visits', 'recall_bounds']
+           'swap_test', 'unseen_weight', 'recall_gain', 'alarm_gain', 'log_betainc', 'betainc', 'beta_quantile',
+           'clopper_pearson', 'effective_visits', 'recall_bounds']
 
 # %% ../../nbs/60_judge/02_bootstrap.ipynb #1d8fb0af
 import math
@@ -128,8 +128,10 @@ def swap_test(
     differences: np.ndarray,  # float [U], by unit, positive where the challenger did better
     flips: int = DRAWS,
     seed: int = 0,
+    unseen: float = 0.0,  # weight of one more unit that speaks against it, see below
 ) -> float:  # p value; small means: not luck
     "How often chance alone makes the challenger look this good"
+    differences = np.append(differences, -unseen)
     # A unit in which both did alike is the same either way up, and most are: they need no coin.
     differences = differences[differences != 0]
     observed = differences.sum()
@@ -137,6 +139,12 @@ def swap_test(
     # Sums that should be equal differ in the last bits, which must not count as a win.
     tolerance = 1e-9 * (1 + np.abs(differences).sum())
     return float((1 + (signs @ differences >= observed - tolerance).sum()) / (flips + 1))
+
+# %% ../../nbs/60_judge/02_bootstrap.ipynb #3daefba7
+def unseen_weight(sample: Sample) -> float:
+    "How much more the heaviest drawn window weighs than the lightest"
+    weights = sample.window_weight[sample.window_weight > 0]
+    return float(weights.max() - weights.min()) if len(weights) else 0.0
 
 # %% ../../nbs/60_judge/02_bootstrap.ipynb #fa82a764
 def recall_gain(sample: Sample, champion: Decisions, challenger: Decisions) -> np.ndarray:

@@ -8,7 +8,6 @@ __all__ = ['PRIOR_EVENTS', 'EVEN_FROM', 'TOLERATED_RATIO', 'log_e', 'prior_of', 
 
 # %% ../../nbs/60_judge/08_sequential.ipynb #5522204f
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
