@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..data.split import TEST_BELOW
-from .bootstrap import recall_gain, swap_test
+from .bootstrap import alarm_gain, recall_gain, swap_test, unseen_weight
 from .compare import Answers, compare_on, pairs_of
 from .evidence import Sample
 from .gate import Check, GateSettings, checks_of
@@ -221,6 +221,13 @@ def _members(nights: Nights, known: np.ndarray) -> dict[str, np.ndarray]:
     result = {f"camera {number}": (camera == number)[known] for number in range(nights.cameras)}
     return result | {"day": light < 0.3, "infrared": light >= 0.3, "small animals": size < 0.4}
 
+# %% ../../nbs/60_judge/09_power.ipynb #998f3b69
+def _primary_p(ground: Ground, settings: GateSettings) -> float:
+    "The p-value of the goal of this release, as `compare_on` computes it"
+    if settings.primary == "visit_recall":
+        return swap_test(recall_gain(ground.sample, *ground.models), settings.draws, settings.seed)
+    return swap_test(alarm_gain(ground.sample, *ground.models), settings.draws, settings.seed, unseen_weight(ground.sample))
+
 # %% ../../nbs/60_judge/09_power.ipynb #12d476a8
 def checks_on(ground: Ground, settings: GateSettings) -> list[Check]:
     "The gate's questions and answers"
@@ -229,9 +236,7 @@ def checks_on(ground: Ground, settings: GateSettings) -> list[Check]:
 
 def is_promoted(ground: Ground, settings: GateSettings) -> bool:
     "Would the gate say `promote`?"
-    if ground.sample.visits < settings.min_visits:
-        return False
-    if settings.primary == "visit_recall" and swap_test(recall_gain(ground.sample, *ground.models), settings.draws, settings.seed) > settings.alpha:
+    if ground.sample.visits < settings.min_visits or _primary_p(ground, settings) > settings.alpha:
         return False
     return all(check.holds for check in checks_on(ground, settings))
 
