@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.bootstrap import generate, measure
+from benchmarks.gate import generate, measure, measure_plain, printed
 from deerml.judge.bootstrap import (
     alarm_gain,
     clopper_pearson,
@@ -83,3 +83,11 @@ def test_the_benchmark_agrees_with_pycocotools():
     rows = measure(images=60, draws=20, peer_draws=1, repeats=1)
     assert all(float(row["note"].rsplit(" ", 1)[1]) <= 1e-12 for row in rows)
     assert len(generate(60)[0]["images"]) == 60
+
+
+def test_the_benchmark_has_a_row_for_every_peer_installed_or_not():
+    pytest.importorskip("pycocotools")
+    rows = measure_plain(40, repeats=1)
+    assert [row["peer_name"] for row in rows] == ["pycocotools", "faster-coco-eval", "hotcoco"] and all(row["ok"] for row in rows)
+    assert rows[0]["peer"] > 0 and all((row["peer"] is None) == (row["note"] == "not installed") for row in rows)
+    assert all(row["peer_name"] in printed(row) for row in rows)
