@@ -19,7 +19,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from deerml.app.conductor import deploy_release, gate, prepare, publish, recipe_for, summary_of, train_candidate
+from deerml.app.conductor import deploy_release, publish
+from deerml.app.training import prepare, recipe_for, train_candidate
+from deerml.app.trial import gate, summary_of
 from deerml.capture.store import Store, frames_by_id, image_bytes
 from deerml.core.errors import DeermlError
 from deerml.core.settings import Home

@@ -16,7 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from deerml.app.cli import app
-from deerml.app.conductor import recipe_for, train_candidate
+from deerml.app.training import recipe_for, train_candidate
 from deerml.capture.store import Store, frames
 from deerml.core.errors import DeermlError
 from deerml.core.settings import Home

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from execnb.nbio import read_nb, write_nb
 
-from deerml.app.conductor import champion
 from deerml.capture.store import frames
 from deerml.capture.truth import FrameStatement, record
 from deerml.data.packs import make_review_pack, open_newest_review, push_review_pack, waiting_windows
 from deerml.data.remote import FolderRemote
 from deerml.data.verdicts import merge_verdicts
+from deerml.model.bundle import champion
 from deerml.review.queue import close_night
 from yards import SPOT, START, picture, yard
 

@@ -216,6 +216,15 @@ def test_the_first_hundred_labels_are_spread_and_later_ones_are_not(store):
     assert set(draw_strata(store)["2026-09-02"]) == {"nothing/gate"}
 
 
+def test_where_a_model_loses_an_animal_between_two_alarms_people_are_asked(store):
+    take(store, 8, fired=(0, 2, 5))  # a gap of one window, then one of two
+    take(store, 8, "lawn", fired=(1,))
+    close_night(store, NIGHT, BUNDLE, budget=99)
+    gaps = [window for window in drawn_windows(store) if window.stratum.startswith("disagreement/silent")]
+    assert [(window.camera, window.window) for window in gaps] == [("gate", stamp(FIRST + timedelta(minutes=10)))]
+    assert kind_of(gaps[0].stratum) == "disagreement" and gaps[0].stratum_windows == 1
+
+
 def test_due_nights_are_drawn_once_and_old_ones_are_left(store):
     add_camera(store, "west", zone="America/Los_Angeles")
     for day in (-40, -1, 0):

@@ -348,7 +348,7 @@ def test_a_taken_port_is_told(home):
 def test_lab_without_jupyterlab(home, monkeypatch):
     import importlib.util
 
-    from deerml.app.cli import open_lab
+    from deerml.app.cli_review import open_lab
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DeermlError) as caught:
         open_lab(home)

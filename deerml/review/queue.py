@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SHARES', 'Window', 'BALANCED_LABELS', 'AT_ONCE', 'SECONDS_A_WINDOW', 'NAMES', 'stratum_of', 'kind_of', 'alarmed',
-           'split_by_place', 'strata_of', 'allocate', 'DrawnWindow', 'close_night', 'draw_order', 'drawn_windows',
-           'draw_strata', 'probabilities', 'Answer', 'answers', 'follow', 'QueueWindow', 'Tonight', 'minutes_for',
-           'tonight', 'Nights', 'undrawn_nights', 'Closed', 'close_due']
+           'with_gaps', 'split_by_place', 'strata_of', 'allocate', 'DrawnWindow', 'close_night', 'draw_order',
+           'drawn_windows', 'draw_strata', 'probabilities', 'Answer', 'answers', 'follow', 'QueueWindow', 'Tonight',
+           'minutes_for', 'tonight', 'Nights', 'undrawn_nights', 'Closed', 'close_due']
 
 # %% ../../nbs/30_review/00_queue.ipynb #14f91578
 from collections import Counter, defaultdict
@@ -50,6 +50,18 @@ def kind_of(stratum: str) -> str:
 def alarmed(stratum: str) -> bool:
     "Did the acting model raise an alarm in the windows of this stratum?"
     return stratum.startswith(("alarm", "disagreement/alarm"))
+
+# %% ../../nbs/30_review/00_queue.ipynb #c7d01e35
+def with_gaps(
+    strata: Mapping[Window, str],  # stratum of each window of a night
+) -> dict[Window, str]:
+    "The same, in which silent windows between two alarms of their camera count as disagreements"
+    alarms, step = {window for window, stratum in strata.items() if alarmed(stratum)}, timedelta(minutes=WINDOW_MINUTES)
+
+    def is_gap(window: Window) -> bool:
+        return all((window[0], stamp(parse_time(window[1]) + way)) in alarms for way in (-step, step))
+
+    return {window: "disagreement/silent" if stratum in ("low", "nothing") and is_gap(window) else stratum for window, stratum in strata.items()}
 
 # %% ../../nbs/30_review/00_queue.ipynb #573dc3ff
 BALANCED_LABELS = 100  # frames with complete truth; below that, spreading labels beats choosing them
@@ -98,7 +110,7 @@ def strata_of(
     for frame in frames(store, schema.frame.c.night == night, schema.frame.c.taken_at.is_not(None)):
         windows[frame.camera, frame.window].append(frame)
     acting, other = (_seen(store, digest) for digest in (bundle, challenger))
-    strata = {window: _stratum([frame.id for frame in of_window], acting, other) for window, of_window in windows.items()}
+    strata = with_gaps({window: _stratum([frame.id for frame in of_window], acting, other) for window, of_window in windows.items()})
     lights = window_lights(store, [frame for of_window in windows.values() for frame in of_window]) if _few_labels(store) else None
     return split_by_place(strata, _a_nights_share(store) if budget is None else budget, lights)
 
