@@ -6,7 +6,7 @@
 __all__ = ['NIGHTS_A_MONTH', 'WINDOWS_A_NIGHT', 'VISIT_WINDOWS', 'SPREAD', 'FAINT', 'FAINT_EMPTY', 'AUDIT_WINDOWS', 'MONTHS',
            'WAYS', 'QUICK', 'Progress', 'CHANGES', 'Yard', 'Change', 'Nights', 'nights_of', 'drawn_share',
            'replayed_share', 'Ground', 'ground_of', 'checks_on', 'is_promoted', 'is_rejected', 'may_accept', 'Power',
-           'power_of', 'yard_power', 'power_table', 'table_of']
+           'power_of', 'yard_power', 'power_table', 'table_of', 'in_words']
 
 # %% ../../nbs/60_judge/09_power.ipynb #b8749699
 import math
@@ -292,7 +292,7 @@ def _one_year(yard: Yard, change: Change, months: Sequence[int], settings: GateS
 def power_of(
     yard: Yard,
     change: Change,
-    runs: int = 200,  # yards to simulate; with 200 a share is good to seven points
+    runs: int = 200,  # yards to simulate; a share is good to seven points
     months: Sequence[int] = MONTHS,
     settings: GateSettings = QUICK,
     seed: int = 0,
@@ -313,7 +313,7 @@ CHANGES = {"finds 10 points more": Change(gain=0.10), "is equal": Change(), "dro
 def yard_power(
     yard: Yard,
     changes: Mapping[str, Change] = CHANGES,
-    runs: int = 100,
+    runs: int = 60,  # yards for each; a share is good to 13 points
     settings: GateSettings = QUICK,
     on_progress: Progress | None = None,  # called with (yards done, yards in all)
 ) -> dict[str, Power]:
@@ -343,3 +343,9 @@ def table_of(powers: Mapping[str, Power]) -> str:
         lines.append(name)
         lines += [f"  {WAYS[way]:22}" + "".join(f"{100 * share:5.0f}%" for share in shares) for way, shares in power.shares.items()]
     return "\n".join(lines)
+
+# %% ../../nbs/60_judge/09_power.ipynb #d9a70368
+def in_words(yard: Yard) -> str:
+    "A yard in two sentences"
+    return (f"{yard.visits_per_month:.0f} visits a month come to {yard.cameras} camera{'' if yard.cameras == 1 else 's'}, {yard.nightly_windows} windows a night are judged. "
+            f"The champion finds {yard.recall:.0%} of the visits and raises {yard.false_alarms_per_night:.2g} false alarms a camera and night.")
