@@ -58,6 +58,7 @@ def train_command(
 def gate_command(
     run: Annotated[str | None, typer.Option(help="A run. Default: the newest.", show_default=False)] = None,
     power: Annotated[bool, typer.Option("--power", help="Instead, simulate what this yard can show of a better, an equal and a worse model, month by month.")] = False,
+    primary: Annotated[str | None, typer.Option(help="Where it must be better: visit_recall, or false_alarms for a release that fixes them. Default: the setting.", show_default=False)] = None,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -65,13 +66,13 @@ def gate_command(
     if power:
         return show_power(home_at(home), as_json)
     from deerml.app.training import find_run
-    from deerml.app.trial import gate, write_judgement_page
+    from deerml.app.trial import gate, judged_in_words, write_judgement_page
     from deerml.capture.store import Store
     with Store.open(home_at(home)) as store, progress("gate", as_json) as show:
-        judged = gate(store, find_run(store.home, run), on_progress=show)
+        judged = gate(store, find_run(store.home, run), on_progress=show, primary=primary)
         page = write_judgement_page(store, judged, store.home.reports / f"{judged.bundle.digest[:12]}.html")
-    reasons = "\n".join(f"  {reason}" for reason in judged.verdict.reasons)
-    say(as_json, f"[bold]{judged.verdict.verdict.replace('_', ' ')}[/] for {judged.bundle.digest[:12]}\n{reasons}\nSee {page}", digest=judged.bundle.digest, report=page, **judged.verdict.to_dict())
+    text = f"[bold]{judged.verdict.verdict.replace('_', ' ')}[/] for {judged.bundle.digest[:12]}\n{judged_in_words(judged)}\nSee {page}"
+    say(as_json, text, digest=judged.bundle.digest, report=page, test_version=judged.test.name if judged.test else None, calibration=judged.calibration, **judged.verdict.to_dict())
 
 # %% ../../nbs/90_app/15_cli_train.ipynb #3b8b0a90
 def show_power(
