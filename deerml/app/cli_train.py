@@ -64,7 +64,7 @@ def gate_command(
 ) -> None:
     "Judge the newest candidate against the champion on nights that neither has seen: promote, reject, or not enough evidence."
     if power:
-        return show_power(home_at(home), as_json)
+        return show_power(home_at(home), primary, as_json)
     from deerml.app.training import find_run
     from deerml.app.trial import gate, judged_in_words, write_judgement_page
     from deerml.capture.store import Store
@@ -77,6 +77,7 @@ def gate_command(
 # %% ../../nbs/90_app/15_cli_train.ipynb #3b8b0a90
 def show_power(
     home: Any,  # an open home
+    primary: str | None,  # the goal of the release; default: the setting
     as_json: bool,
 ) -> None:
     "What this yard can show, month by month"
@@ -89,7 +90,7 @@ def show_power(
     from deerml.model.bundle import champion
     with Store.open(home) as store, progress("power", as_json) as show:
         measured = yard_of(store, champion(home, with_model=False))
-        powers = yard_power(measured.yard, settings=replace(gate_settings(home), draws=QUICK.draws), on_progress=lambda done, total: show("simulated yards", done, total))
+        powers = yard_power(measured.yard, settings=replace(gate_settings(home, primary), draws=QUICK.draws), on_progress=lambda done, total: show("simulated yards", done, total))
     text = "\n".join([in_words(measured.yard), *measured.notes, table_of(powers)])
     say(as_json, text, yard=asdict(measured), powers={name: power.to_dict() for name, power in powers.items()})
 
