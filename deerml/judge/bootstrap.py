@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ALPHA', 'DRAWS', 'Interval', 'multiplicities', 'interval', 'paired_bootstrap', 'paired_average_precision',
            'swap_test', 'unseen_weight', 'recall_gain', 'alarm_gain', 'log_betainc', 'betainc', 'beta_quantile',
-           'clopper_pearson', 'effective_visits', 'recall_bounds']
+           'clopper_pearson', 'effective_visits', 'recall_interval', 'recall_bounds']
 
 # %% ../../nbs/60_judge/02_bootstrap.ipynb #1d8fb0af
 import math
@@ -234,6 +234,22 @@ def effective_visits(sample: Sample) -> float:
     "How many equal, independent visits this sample is worth"
     weights = _unit_sums(sample.visit_weight, sample.visit_unit, sample.units)
     return float(weights.sum() ** 2 / (weights**2).sum()) if weights.any() else 0.0
+
+# %% ../../nbs/60_judge/02_bootstrap.ipynb #22069cdb
+def recall_interval(
+    sample: Sample,
+    model: Decisions,
+    alpha: float = ALPHA,  # on each side
+) -> Interval:
+    "Visit recall of one model, with two one-sided bounds (Korn and Graubard, 1998); 0 to 1 without visits"
+    weights, found = (_unit_sums(sample.visit_weight * which, sample.visit_unit, sample.units) for which in (1.0, model.hits))
+    total, worth = weights.sum(), effective_visits(sample)
+    if not total:
+        return Interval(0.0, 0.0, 1.0)
+    share = float(found.sum() / total)
+    variance = ((found - share * weights) ** 2).sum() / total**2
+    worth = min(worth, share * (1 - share) / variance) if variance > 0 else worth
+    return Interval(share, *clopper_pearson(share * worth, worth, alpha))
 
 # %% ../../nbs/60_judge/02_bootstrap.ipynb #9fa31032
 def recall_bounds(

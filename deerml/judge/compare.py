@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from .bootstrap import ALPHA, Interval, alarm_gain, clopper_pearson, effective_visits, interval, multiplicities, paired_average_precision, paired_bootstrap, recall_bounds, recall_gain, swap_test, unseen_weight
+from .bootstrap import ALPHA, Interval, alarm_gain, interval, multiplicities, paired_average_precision, paired_bootstrap, recall_bounds, recall_gain, recall_interval, swap_test, unseen_weight
 from .evidence import Evidence, Predictions, Sample, ThresholdTable, sample_of
 from .metrics import Decisions, Ranked, boxes_by_class, decide, false_alarms, frame_peaks, peaks_of, precision_recall, rank, visit_recall
 
@@ -68,16 +68,16 @@ def figures_of(
     counts: np.ndarray,  # int [draws, U], bootstrap draws
 ) -> Figures:
     "The figures of one model"
-    done, worth = answers.decisions, effective_visits(sample)
+    done = answers.decisions
     recall = visit_recall(done.hits, sample.visit_weight)
-    lower, upper = clopper_pearson((recall or 0.0) * worth, worth)
+    bounds = recall_interval(sample, done)
     rates, line = false_alarms(done.alarms, sample), precision_recall(answers.ranked)
     weights = np.bincount(sample.window_unit, weights=sample.window_weight * done.alarms, minlength=sample.units)
     known = rates["per_camera_night"] is not None
     return Figures(
         visit_recall=recall,
-        recall_lower=lower,
-        recall_upper=upper,
+        recall_lower=bounds.lower,
+        recall_upper=bounds.upper,
         visits_found=int((done.hits & (sample.visit_weight > 0)).sum()),
         false_alarm_windows=int((done.alarms & (sample.window_weight > 0)).sum()),
         **rates,
