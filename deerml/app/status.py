@@ -31,7 +31,7 @@ from ..capture.truth import truths
 from ..core.clock import now, stamp
 from ..core.errors import DeermlError
 from ..core.settings import Home
-from ..data.version import list_versions, verify_version
+from ..data.manifest import list_versions, verify_version
 from ..judge.ledger import frozen_tests, models_judged
 from ..review.queue import tonight, undrawn_nights
 from ..ship.release import list_releases

@@ -28,9 +28,10 @@ from ..judge.calibrate import calibrate
 from ..judge.collect import Origin, admissible_nights, evidence_of, evidence_rate, look, notes_on
 from ..judge.evidence import Evidence, drawn_only
 from ..judge.compare import Contestant
+from ..judge.exhibits import exhibits_of
 from ..judge.gate import PRIMARIES, GateContext, GateSettings, Verdict, judge
 from ..judge.ledger import FrozenTest, freeze_test, log_use, models_judged
-from ..judge.report import Side, curve_of, exhibits_of, write_report
+from ..judge.report import Side, curve_of, curves_to_keep, expecting, write_report
 from ..model.bundle import Bundle, Thresholds, champion, seal
 from ..train.export import load_candidate
 
@@ -151,7 +152,9 @@ def _context(store: Store, models: Mapping[str, Bundle], origins: Mapping[str, O
 
 # %% ../../nbs/90_app/01_trial.ipynb #d1003308
 def _write_down(store: Store, judged: Judged) -> None:
-    result = judged.verdict.to_dict() | {"nights": sorted({f"{frame.camera}/{frame.night}" for frame in judged.evidence.frames})}
+    nights = sorted({f"{frame.camera}/{frame.night}" for frame in judged.evidence.frames})
+    curves = curves_to_keep({name: curve_of(judged.evidence, one) for name, one in judged.contestants.items()})
+    result = judged.verdict.to_dict() | {"nights": nights, "curves": curves}
     beaten = judged.champion.digest if judged.champion else None
     with store.write() as connection:
         made = connection.execute(schema.judgement.insert().values(
@@ -210,8 +213,9 @@ def write_judgement_page(
         frame = frames_by_id(store, [frame_id])[0]
         return None if frame.expired else image_bytes(store, frame)
 
-    exhibits = exhibits_of(judged.evidence, contestants["champion"], contestants["challenger"], picture) if with_frames and judged.champion else ()
-    return write_report(path, judged.verdict, sides["challenger"], sides.get("champion"), exhibits, f"{store.home.path.name}: {judged.bundle.digest[:12]}")
+    exhibits = exhibits_of(judged.evidence, contestants.get("champion"), contestants["challenger"], picture) if with_frames else ()
+    verdict = expecting(judged.verdict, calibration_of(store, judged.bundle.digest))
+    return write_report(path, verdict, sides["challenger"], sides.get("champion"), exhibits, f"{store.home.path.name}: {judged.bundle.digest[:12]}")
 
 # %% ../../nbs/90_app/01_trial.ipynb #11991bd4
 def summary_of(
