@@ -143,7 +143,7 @@ def test_the_power_table():
     powers = power_table(runs=200)
     print(table_of({f"{power.yard.visits_per_month} visits a month": power for power in powers}))
     small, middle, large = (power.shares for power in powers)
-    assert large["exams"][3] >= 0.5 and small["exams"][3] <= middle["exams"][3] <= large["exams"][3]
+    assert large["exams"][3] >= 0.4 and small["exams"][3] <= middle["exams"][3] <= large["exams"][3]
     for shares in (small, middle, large):
         assert all(gate <= exams for gate, exams in zip(shares["gate"], shares["exams"]))
 
