@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['case_app', 'FrameArgument', 'prepare_command', 'train_command', 'gate_command', 'replay_nights', 'case_add_command',
-           'case_list_command', 'case_remove_command', 'publish_command', 'deploy_command', 'rollback_command',
-           'adopt_command']
+           'case_list_command', 'case_remove_command', 'show_power', 'publish_command', 'deploy_command',
+           'rollback_command', 'adopt_command']
 
 # %% ../../nbs/90_app/15_cli_train.ipynb #225bf211
 from pathlib import Path
@@ -84,6 +84,7 @@ def gate_command(
     run: Annotated[str | None, typer.Option(help="A run. Default: the newest.", show_default=False)] = None,
     replay: Annotated[str | None, typer.Option(help="Instead, compare the model judged last with the champion over stored nights: 14d, or 2026-10-01..2026-10-14.", show_default=False)] = None,
     again: Annotated[bool, typer.Option("--again", help="With --replay: begin a new one, although one was asked for in these words.")] = False,
+    power: Annotated[bool, typer.Option("--power", help="Instead, simulate what this yard can show of a better, an equal and a worse model, month by month.")] = False,
     primary: Annotated[str | None, typer.Option(help="Where it must be better: visit_recall, or false_alarms for a release that fixes them. Default: the setting.", show_default=False)] = None,
     home: HomeOption = None,
     as_json: JsonOption = False,
@@ -91,6 +92,8 @@ def gate_command(
     "Judge the newest candidate against the champion on nights that neither has seen: promote, reject, or not enough evidence."
     if replay is not None:
         return replay_nights(home_at(home), replay, again, as_json)
+    if power:
+        return show_power(home_at(home), primary, as_json)
     from deerml.app.training import find_run
     from deerml.app.trial import gate, judged_in_words, write_judgement_page
     from deerml.capture.store import Store
@@ -169,6 +172,26 @@ def case_remove_command(
 
 # %% ../../nbs/90_app/15_cli_train.ipynb #727053cc
 _cased = app.add_typer(case_app, name="case")
+
+# %% ../../nbs/90_app/15_cli_train.ipynb #3b8b0a90
+def show_power(
+    home: Any,  # an open home
+    primary: str | None,  # the goal of the release; default: the setting
+    as_json: bool,
+) -> None:
+    "What this yard can show, month by month"
+    from dataclasses import asdict, replace
+
+    from deerml.app.trial import gate_settings
+    from deerml.capture.store import Store
+    from deerml.judge.power import QUICK, in_words, table_of, yard_power
+    from deerml.judge.yard import yard_of
+    from deerml.model.bundle import champion
+    with Store.open(home) as store, progress("power", as_json) as show:
+        measured = yard_of(store, champion(home, with_model=False))
+        powers = yard_power(measured.yard, settings=replace(gate_settings(home, primary), draws=QUICK.draws), on_progress=lambda done, total: show("simulated yards", done, total))
+    text = "\n".join([in_words(measured.yard), *measured.notes, table_of(powers)])
+    say(as_json, text, yard=asdict(measured), powers={name: power.to_dict() for name, power in powers.items()})
 
 # %% ../../nbs/90_app/15_cli_train.ipynb #0d0eb22f
 @command(app, "publish")
