@@ -18,6 +18,7 @@ from urllib.parse import parse_qs, quote, unquote, urlencode, urlparse
 FOLDER = "application/vnd.google-apps.folder"
 SCOPE = "https://www.googleapis.com/auth/"
 OWN, SEE, ALL = SCOPE + "drive.file", SCOPE + "drive.readonly", SCOPE + "drive"
+ROOT = "0AroOtOfThisDrive"  # "root" is another name for it in questions, and never in answers
 PIECE = 256 * 1024  # every piece of an upload but the last is a multiple of this
 NO_QUOTA = "Service Accounts do not have storage quota. Leverage shared drives, or use OAuth delegation instead."
 FAULTS = {  # status, reason; or a word for what the connection does
@@ -66,7 +67,7 @@ class DriveServer:
     email = "owner@example.org"
 
     def __init__(self):
-        self.files = {"root": File("root", "My Drive", [], "nobody", folder=True)}
+        self.files = {ROOT: File(ROOT, "My Drive", [], "nobody", folder=True)}
         self.uploads: dict[str, Upload] = {}
         self.refresh: dict[str, Grant] = {}
         self.access: dict[str, Grant] = {}
@@ -111,7 +112,7 @@ class DriveServer:
 
     def path_of(self, file: File) -> str:
         above = self.files[file.parents[0]]
-        return file.title if above.id == "root" else f"{self.path_of(above)}/{file.title}"
+        return file.title if above.id == ROOT else f"{self.path_of(above)}/{file.title}"
 
     def tree(self) -> dict[str, bytes]:
         "What a person sees on the Drive: paths and contents"
@@ -119,7 +120,7 @@ class DriveServer:
 
     def mounted_write(self, path: str, data: bytes) -> File:
         "A person's notebook writes through the mounted Drive, which is a client of Google's own"
-        parent = "root"
+        parent = ROOT
         *folders, title = path.split("/")
         for name in folders:
             found = [file for file in self.files.values() if file.folder and file.title == name and parent in file.parents and not file.trashed]
@@ -220,7 +221,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(404, "notFound")
         kind, item, verb = told[1], unquote(told[2] or ""), told[3]
         if kind == "about":
-            return 200, {"kind": "drive#about", "user": {"emailAddress": self.drive.email}, "quotaType": "LIMITED", "quotaBytesUsed": str(self.used()),
+            return 200, {"kind": "drive#about", "user": {"emailAddress": self.drive.email}, "rootFolderId": ROOT, "quotaType": "LIMITED", "quotaBytesUsed": str(self.used()),
                          "quotaBytesTotal": "0" if self.grant.service else str(self.drive.total)}
         if item == "generateIds":
             return 200, {"kind": "drive#generatedIds", "space": "drive", "ids": [secrets.token_hex(14) for _ in range(int(self.query["maxResults"]))]}
@@ -265,13 +266,13 @@ class Handler(BaseHTTPRequestHandler):
     # -- files
 
     def sees(self, file: File) -> bool:
-        return file.id == "root" or file.made_by == self.grant.client or bool({ALL, SEE} & set(self.grant.scopes))
+        return file.id == ROOT or file.made_by == self.grant.client or bool({ALL, SEE} & set(self.grant.scopes))
 
     def may_change(self, file: File) -> bool:
-        return ALL in self.grant.scopes or OWN in self.grant.scopes and (file.made_by == self.grant.client or file.id == "root")
+        return ALL in self.grant.scopes or OWN in self.grant.scopes and (file.made_by == self.grant.client or file.id == ROOT)
 
     def seen(self, item: str) -> File:
-        file = self.drive.files.get(item)
+        file = self.drive.files.get(ROOT if item == "root" else item)
         if file is None or not self.sees(file):
             raise Refused(404, "notFound", f"File not found: {item}")
         return file
@@ -288,7 +289,7 @@ class Handler(BaseHTTPRequestHandler):
     def meta(self, file: File) -> dict:
         told = {
             "kind": "drive#file", "id": file.id, "title": file.title, "mimeType": FOLDER if file.folder else "application/octet-stream",
-            "parents": [{"kind": "drive#parentReference", "id": parent, "isRoot": parent == "root"} for parent in file.parents],
+            "parents": [{"kind": "drive#parentReference", "id": parent, "isRoot": parent == ROOT} for parent in file.parents],
             "createdDate": file.created, "modifiedDate": file.modified, "labels": {"trashed": self.is_trashed(file)},
             "isAppAuthorized": file.made_by == self.grant.client, "alternateLink": f"https://drive.google.com/drive/folders/{file.id}",
         }
@@ -309,7 +310,7 @@ class Handler(BaseHTTPRequestHandler):
     def listed(self):
         wish = self.query["q"]
         quoted = r"'((?:[^'\\]|\\.)*)'"
-        parents = re.findall(quoted + " in parents", wish)
+        parents = [ROOT if parent == "root" else parent for parent in re.findall(quoted + " in parents", wish)]
         title = re.search("title = " + quoted, wish)
         assert "trashed = false" in wish and self.query["supportsAllDrives"] == "true" and self.query["includeItemsFromAllDrives"] == "true"
         found = [file for file in self.drive.files.values() if self.sees(file) and set(file.parents) & set(parents) and not self.is_trashed(file)]

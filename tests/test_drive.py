@@ -7,7 +7,7 @@ pytest.importorskip("stamina", reason="Google Drive is not installed: pip instal
 from pathlib import Path  # noqa: E402
 
 import stamina  # noqa: E402
-from drive_server import ALL, OWN, SEE, DriveServer  # noqa: E402
+from drive_server import ALL, OWN, ROOT, SEE, DriveServer  # noqa: E402
 
 from deerml.core.errors import DeermlError  # noqa: E402
 from deerml.data import drive_api  # noqa: E402
@@ -40,7 +40,7 @@ def account(server, client="server", scopes=(OWN, SEE), folder="", **info) -> Ac
 def top(server, client="server") -> str:
     "deerml's folder on the Drive, as the login makes it"
     found = [file.id for file in server.files.values() if file.title == "deerml" and file.made_by == client]
-    return found[0] if found else server.add("deerml", "root", client, folder=True).id
+    return found[0] if found else server.add("deerml", ROOT, client, folder=True).id
 
 
 def remote_at(server, sessions=None, client="server", scopes=(OWN, SEE), chunk=PIECE, on_progress=None) -> DriveRemote:
