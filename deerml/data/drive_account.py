@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['API', 'WRITE', 'SEE', 'ALL', 'ACCOUNT_FILE', 'BUSY_STATUS', 'BUSY_REASONS', 'MAX_WAIT', 'LOGIN', 'WHOSE_QUOTA',
-           'MEANING', 'Account', 'write_account', 'read_account', 'Answer', 'answer_of', 'worth_repeating',
-           'is_foreign', 'refused']
+           'MEANING', 'LOGGED_OUT', 'Account', 'write_account', 'read_account', 'Answer', 'answer_of',
+           'worth_repeating', 'is_foreign', 'refused']
 
 # %% ../../nbs/40_data/22_drive_account.ipynb #ada46370
 import json
 import ssl
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ class Answer:
 
 def answer_of(error: BaseException) -> Answer | None:
     "What Drive answered, or none when there was no answer"
-    found = next((one for one in (error, *error.args, error.__context__) if hasattr(one, "resp") and hasattr(one, "content")), None)
+    found = next((one for one in _layers(error) if hasattr(one, "resp") and hasattr(one, "content")), None)
     if found is None:
         return None
     try:
@@ -89,6 +90,14 @@ def answer_of(error: BaseException) -> Answer | None:
         first, text = {}, ""
     wait = str(found.resp.get("retry-after", ""))
     return Answer(int(found.resp.status), first.get("reason", ""), text, float(wait) if wait.isdigit() else None)
+
+
+def _layers(error: BaseException | None) -> Iterator[Any]:
+    "The error, what it wraps, and, where an answer was no JSON, what was being read"
+    while error is not None:
+        yield error
+        yield from error.args
+        error = error.__context__ if isinstance(error, (ValueError, StopIteration)) else None
 
 # %% ../../nbs/40_data/22_drive_account.ipynb #9d057b96
 BUSY_STATUS = (408, 429, 500, 502, 503, 504)
@@ -137,11 +146,20 @@ MEANING: dict[str, tuple[str, str, str, str]] = {  # Google's reason -> code, wh
 }
 
 
+LOGGED_OUT = ("invalid_grant", "invalid_client", "unauthorized_client", "deleted_client", "invalid_scope")
+
+
+def _is_logged_out(error: BaseException) -> bool:
+    "Did google-auth get no new key because the login ended, and not because of a bad hour at Google?"
+    told = error.args[1] if len(error.args) > 1 else {"error": "invalid_grant"}  # it had nothing to ask with
+    return type(error).__name__ == "RefreshError" and isinstance(told, dict) and told.get("error") in LOGGED_OUT
+
+
 def refused(error: BaseException, doing: str) -> DeermlError:
     "What a person should know about a call that failed"
     answer = answer_of(error)
     if answer is None:
-        if type(error).__name__ == "RefreshError" and not worth_repeating(error):
+        if _is_logged_out(error):
             return DeermlError("DRIVE_LOGIN", "Google does not accept the login to the Drive any more.", why="It was revoked, or it expired.", next_step=LOGIN)
         return DeermlError("NO_REMOTE", f"Google Drive cannot be reached: {doing} failed.", why=f"{type(error).__name__}.", next_step="Look whether this computer is on the network, and repeat: nothing was half written.", exit_code=75)
     if answer.status == 401:

@@ -7,6 +7,7 @@ __all__ = ['FOLDER_TYPE', 'FIELDS', 'CHUNK', 'PARENTS', 'ATTEMPTS', 'SESSION_DAY
 
 # %% ../../nbs/40_data/23_drive_api.ipynb #999091f8
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,6 +70,8 @@ def _connected(account: Account) -> Any:
     auth = Auth(settings=settings, http_timeout=SECONDS_WITHOUT_ANSWER)
     auth.credentials = _Credentials(_credentials(account))
     auth.Authorize()
+    for name in ("googleapiclient", "stamina"):  # what they would warn of is repeated, or told by `refused`
+        logging.getLogger(name).setLevel(logging.ERROR)
     return auth
 
 # %% ../../nbs/40_data/23_drive_api.ipynb #25a43008

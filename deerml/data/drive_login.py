@@ -150,16 +150,16 @@ class Login:
         return Account("user", info, self.scopes, api=self.client.api, ends_at=ends_at)
 
     def _token(self, code: str) -> dict[str, Any]:
-        from oauthlib.oauth2 import OAuth2Error
+        from oauthlib.oauth2 import MissingTokenError, OAuth2Error
         from requests import RequestException
         try:
             return self.flow.fetch_token(code=code)
         except Warning as other:  # oauthlib's way to say that a box was not ticked
             return getattr(other, "token", {})
+        except (RequestException, MissingTokenError) as error:
+            raise DeermlError("NO_REMOTE", "Google cannot be reached, or has a bad hour.", why=f"{type(error).__name__}.", next_step="Look whether this computer is on the network, and repeat.", exit_code=75) from error
         except OAuth2Error as error:
             raise DeermlError("DRIVE_LOGIN", "Google did not accept the code.", why=f"It said {error.error}.", next_step="A code works once and for a few minutes: run `deerml drive login` again.") from error
-        except RequestException as error:
-            raise DeermlError("NO_REMOTE", "Google cannot be reached.", why=f"{type(error).__name__}.", next_step="Look whether this computer is on the network, and repeat.", exit_code=75) from error
 
 # %% ../../nbs/40_data/24_drive_login.ipynb #7fb55994
 def settle(
