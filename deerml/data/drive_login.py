@@ -21,8 +21,8 @@ from urllib.parse import parse_qs, urlsplit
 
 from ..core.errors import DeermlError
 from .drive import DriveRemote
-from .drive_account import ACCOUNT_FILE, ALL, API, LOGIN, SEE, WHOSE_QUOTA, WRITE, Account, is_foreign, read_account, refused, write_account
-from .drive_api import GoogleDrive
+from .drive_account import ACCOUNT_FILE, ALL, API, LOGGED_OUT, LOGIN, SEE, WHOSE_QUOTA, WRITE, Account, is_foreign, read_account, refused, write_account
+from .drive_api import SECONDS_WITHOUT_ANSWER, GoogleDrive
 
 # %% ../../nbs/40_data/24_drive_login.ipynb #39af5709
 STEPS = """\
@@ -150,16 +150,16 @@ class Login:
         return Account("user", info, self.scopes, api=self.client.api, ends_at=ends_at)
 
     def _token(self, code: str) -> dict[str, Any]:
-        from oauthlib.oauth2 import MissingTokenError, OAuth2Error
+        from oauthlib.oauth2 import OAuth2Error
         from requests import RequestException
         try:
-            return self.flow.fetch_token(code=code)
+            return self.flow.fetch_token(code=code, timeout=SECONDS_WITHOUT_ANSWER)
         except Warning as other:  # oauthlib's way to say that a box was not ticked
             return getattr(other, "token", {})
-        except (RequestException, MissingTokenError) as error:
+        except (OAuth2Error, RequestException) as error:
+            if getattr(error, "error", "") in LOGGED_OUT:
+                raise DeermlError("DRIVE_LOGIN", "Google did not accept the code.", why=f"It said {error.error}.", next_step="A code works once and for a few minutes: run `deerml drive login` again.") from error
             raise DeermlError("NO_REMOTE", "Google cannot be reached, or has a bad hour.", why=f"{type(error).__name__}.", next_step="Look whether this computer is on the network, and repeat.", exit_code=75) from error
-        except OAuth2Error as error:
-            raise DeermlError("DRIVE_LOGIN", "Google did not accept the code.", why=f"It said {error.error}.", next_step="A code works once and for a few minutes: run `deerml drive login` again.") from error
 
 # %% ../../nbs/40_data/24_drive_login.ipynb #7fb55994
 def settle(
