@@ -17,7 +17,6 @@ for needed in ("pydrive2", "stamina", "google_auth_oauthlib"):
     pytest.importorskip(needed, reason="Google Drive is not installed: pip install 'deerml[drive]'")
 
 import stamina  # noqa: E402
-from drive_server import ALL, NO_QUOTA, OWN, ROOT, SEE, DriveServer  # noqa: E402
 from google.auth import _exponential_backoff  # noqa: E402
 
 from deerml.core.errors import DeermlError  # noqa: E402
@@ -28,6 +27,7 @@ from deerml.data.drive_account import ACCOUNT_FILE, Account, read_account, write
 from deerml.data.drive_api import GoogleDrive, lend, open_drive  # noqa: E402
 from deerml.data.drive_login import Client, Login, drive_status, log_in, log_in_service  # noqa: E402
 from deerml.data.remote import MAX_POINTER_BYTES, FolderRemote  # noqa: E402
+from drive_server import ALL, NO_QUOTA, OWN, ROOT, SEE, DriveServer  # noqa: E402
 
 PIECE = 256 * 1024  # the smallest piece that Drive takes
 BIG = bytes(range(256)) * 2600  # three pieces
@@ -508,6 +508,7 @@ def test_a_service_account_on_a_personal_drive_is_told_so(server, service_key, t
         with pytest.raises(DeermlError) as caught:
             log_in_service(tmp_path / "home", client, folder)
         assert caught.value.code == "SERVICE_ACCOUNT" and "yourself" in caught.value.next_step
+    assert code_of(lambda: log_in_service(tmp_path / "home", replace(client, info=client.info | {"private_key": "torn"}), top(server))) == "BAD_CLIENT"
     assert not (tmp_path / "home" / ACCOUNT_FILE).exists()
     known = Account("service", client.info, (ALL,), top(server), api=server.address)
     with pytest.raises(DeermlError) as caught:  # a folder that became personal afterwards
@@ -646,6 +647,7 @@ def test_a_folder_that_was_thrown_away_is_noticed(server, tmp_path):
     home = logged_in(server, tmp_path / "home")
     server.files[top(server)].trashed = True
     assert any("in the bin" in problem for problem in drive_status(home).problems)
+    assert code_of(lambda: push(open_drive(home))) == "IN_THE_BIN"  # Drive itself would have said nothing
     del server.files[top(server)]
     assert code_of(lambda: drive_status(home)) == "NO_REMOTE"
 

@@ -77,7 +77,7 @@ def _connected(account: Account) -> Any:
 
 # %% ../../nbs/40_data/23_drive_api.ipynb #25a43008
 FOLDER_TYPE = "application/vnd.google-apps.folder"
-FIELDS = "id,title,mimeType,parents(id),fileSize,md5Checksum,sha256Checksum,createdDate,modifiedDate,isAppAuthorized,driveId,alternateLink"
+FIELDS = "id,title,mimeType,parents(id),fileSize,md5Checksum,sha256Checksum,createdDate,modifiedDate,isAppAuthorized,driveId,alternateLink,labels(trashed)"
 CHUNK = 8 << 20  # bytes sent in one request; a multiple of 256 KiB
 PARENTS = 25  # folders asked for in one call, so that the address stays under 2,000 characters
 ATTEMPTS = 6  # of a call, with waits of about 0.5, 1, 2, 4 and 8 s
@@ -132,7 +132,7 @@ class GoogleDrive:
         if not self._free_ids:
             self._free_ids = self.repeat("making a folder", lambda: self.files.generateIds(maxResults=10, space="drive").execute())["ids"]
         body = {"id": self._free_ids.pop(), "title": title, "mimeType": FOLDER_TYPE, "parents": [{"id": parent}]}
-        return self._item(self.repeat("making a folder", lambda: self._made(body)), parent)
+        return self._item(_not_in_the_bin(self.repeat("making a folder", lambda: self._made(body))), parent)
 
     def _made(self, body: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -145,7 +145,7 @@ class GoogleDrive:
 
     def one(self, item_id: str) -> dict[str, Any]:
         "What Drive says of one file or folder"
-        return self.repeat("asking for a file", lambda: self.files.get(fileId=item_id, fields=f"{FIELDS},labels(trashed)", supportsAllDrives=True).execute())
+        return self.repeat("asking for a file", lambda: self.files.get(fileId=item_id, fields=FIELDS, supportsAllDrives=True).execute())
 
     def trash(self, item_id: str) -> None:
         self.repeat("moving a file into the bin", lambda: self.files.trash(fileId=item_id, supportsAllDrives=True).execute())
@@ -155,7 +155,7 @@ class GoogleDrive:
             body = {"title": title, "parents": [{"id": parent}]}
             how = {"media_body": _pieces(file, self.chunk), "fields": FIELDS, "supportsAllDrives": True}
             request = self.files.insert(body=body, **how) if over is None else self.files.update(fileId=over, body={}, **how)
-            return self._item(self._sent(request, content, (parent, title, over), on_progress), parent)
+            return self._item(_not_in_the_bin(self._sent(request, content, (parent, title, over), on_progress)), parent)
 
     def download(self, item: Item, file: BinaryIO, on_progress: Progress) -> None:
         from googleapiclient.http import MediaIoBaseDownload
@@ -206,6 +206,13 @@ class GoogleDrive:
 def _quoted(text: str) -> str:
     "As Drive's query language wants it"
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _not_in_the_bin(file: dict[str, Any]) -> dict[str, Any]:
+    "Drive takes a file for a folder in the bin without a word, and forgets both after 30 days"
+    if file.get("labels", {}).get("trashed"):
+        raise DeermlError("IN_THE_BIN", "deerml's folder on the Drive is in the bin.", why="What is sent there would be lost.", next_step="Take the folder out of the bin, or run `deerml drive login` to get a new one.")
+    return file
 
 
 def _pieces(file: BinaryIO, chunk: int) -> Any:

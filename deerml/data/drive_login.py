@@ -21,7 +21,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from ..core.errors import DeermlError
 from .drive import DriveRemote
-from .drive_account import ACCOUNT_FILE, ALL, API, LOGGED_OUT, LOGIN, SEE, WHOSE_QUOTA, WRITE, Account, is_foreign, read_account, refused, write_account
+from .drive_account import ACCOUNT_FILE, ALL, API, LOGGED_OUT, LOGIN, SEE, WHOSE_QUOTA, WRITE, Account, read_account, write_account
 from .drive_api import SECONDS_WITHOUT_ANSWER, GoogleDrive
 
 # %% ../../nbs/40_data/24_drive_login.ipynb #39af5709
@@ -187,7 +187,10 @@ def _on_shared_drive(drive: GoogleDrive, account: Account, folder: str) -> Accou
 
 def log_in_service(home: Path, client: Client, folder: str) -> Account:
     "The login of a service account, which needs no person"
-    account = settle(Account("service", client.info, (ALL,), api=client.api), folder=folder)
+    try:
+        account = settle(Account("service", client.info, (ALL,), api=client.api), folder=folder)
+    except ValueError as error:
+        raise DeermlError("BAD_CLIENT", "The key of the service account cannot be used.", why=f"{type(error).__name__}.", next_step="Download its JSON file again.") from error
     write_account(home / ACCOUNT_FILE, account)
     return account
 
