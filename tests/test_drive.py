@@ -24,7 +24,7 @@ from deerml.core.settings import Home  # noqa: E402
 from deerml.data import drive_api  # noqa: E402
 from deerml.data.drive import DriveRemote  # noqa: E402
 from deerml.data.drive_account import ACCOUNT_FILE, Account, read_account, write_account  # noqa: E402
-from deerml.data.drive_api import GoogleDrive, lend, open_drive  # noqa: E402
+from deerml.data.drive_api import GoogleDrive, lend, open_drive, remote_of  # noqa: E402
 from deerml.data.drive_login import Client, Login, drive_status, log_in, log_in_service  # noqa: E402
 from deerml.data.remote import MAX_POINTER_BYTES, FolderRemote  # noqa: E402
 from drive_server import ALL, NO_QUOTA, OWN, ROOT, SEE, DriveServer  # noqa: E402
@@ -430,7 +430,7 @@ def test_a_revoked_login_is_one_clear_error(server):
 def remote_at_revoked(server):
     known = account(server)
     server.revoke()
-    DriveRemote(GoogleDrive(known), known.folder).list("")
+    remote_of(known).list("")
 
 
 def test_an_hour_that_ends_is_not_noticed(server):
@@ -453,7 +453,7 @@ def test_a_computer_without_network(server):
     offline = replace(known, info=known.info | {"token_uri": "http://127.0.0.1:9/token"})
     for broken in (known, offline):
         with pytest.raises(DeermlError) as caught:
-            DriveRemote(GoogleDrive(broken), broken.folder).list("")
+            remote_of(broken).list("")
         assert (caught.value.code, caught.value.exit_code) == ("NO_REMOTE", 75) and "network" in caught.value.next_step
 
 
@@ -475,7 +475,7 @@ def test_a_lent_key_writes_what_the_server_sees_and_sees_no_more(server, tmp_pat
     assert known.info["refresh_token"] not in json.dumps(lent.info) and lent.ends_at
     write_account(tmp_path / "lent.json", lent)
     away = read_account(tmp_path / "lent.json")
-    there = DriveRemote(GoogleDrive(away), away.folder)
+    there = remote_of(away)
     there.put("runs/monday/result.json", b"{}")
     assert [entry.name for entry in there.list("")] == ["runs/monday/result.json"]
     assert remote_at(server, scopes=(OWN,)).get("runs/monday/result.json") == b"{}"

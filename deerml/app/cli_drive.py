@@ -56,7 +56,8 @@ def _asked(home: Path, client: Any, narrow: bool, title: str, port: int) -> Any:
     from deerml.data.drive_login import Login, listener, log_in, wait_for_answer
     with listener(port) as (heard, answers):
         login = Login(client, heard, narrow)
-        print(f"Open this address in a browser, on whatever machine, and agree:\n\n{login.url}\n", file=sys.stderr)
+        sight = "what deerml writes there, and nothing else" if narrow else "that whole Drive (and change only what deerml writes there): a Google account of its own keeps the rest private"
+        print(f"Open this address in a browser, on whatever machine, and agree. deerml will see {sight}.\nGoogle warns that the app is not verified: it is your own; \"Advanced\" leads on.\n\n{login.url}\n", file=sys.stderr)
         print(f"If the browser then cannot open a page of 127.0.0.1, paste the whole address it shows here. (Over ssh -L {heard}:127.0.0.1:{heard} it can.)", file=sys.stderr, flush=True)
         return log_in(home, login, wait_for_answer(answers, sys.stdin), title)
 

@@ -22,7 +22,7 @@ from urllib.parse import parse_qs, urlsplit
 from ..core.errors import DeermlError
 from .drive import DriveRemote
 from .drive_account import ACCOUNT_FILE, ALL, API, LOGGED_OUT, LOGIN, SEE, WHOSE_QUOTA, WRITE, Account, read_account, write_account
-from .drive_api import SECONDS_WITHOUT_ANSWER, GoogleDrive
+from .drive_api import SECONDS_WITHOUT_ANSWER, UPLOADS, GoogleDrive, unfinished_uploads
 
 # %% ../../nbs/40_data/24_drive_login.ipynb #39af5709
 STEPS = """\
@@ -243,8 +243,7 @@ def drive_status(home: Path) -> DriveStatus:
     total = int(about.get("quotaBytesTotal") or 0)
     free = max(total - int(about.get("quotaBytesUsed") or 0), 0) if total and about.get("quotaType") != "UNLIMITED" else None
     problems = (*_about_key(account), *_about_folder(account, drive, about, top), *(f"{name} is there {count} times; the one changed last counts. Move the others away." for name, count in sorted(remote.twice.items())))
-    unfinished = len(list((home / "accounts/uploads").glob("*.json")))
-    return DriveStatus(account.place, top.get("alternateLink", ""), account.sees_all, len(entries), sum(entry.size for entry in entries), free, unfinished, problems)
+    return DriveStatus(account.place, top.get("alternateLink", ""), account.sees_all, len(entries), sum(entry.size for entry in entries), free, unfinished_uploads(home / UPLOADS), problems)
 
 
 def _about_key(account: Account) -> Iterator[str]:
