@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Progress', 'quiet', 'origin_of', 'remember', 'prepare', 'Run', 'list_runs', 'recipe_for', 'default_base',
-           'train_candidate', 'find_run']
+           'request_run', 'carry_out', 'train_candidate', 'list_jobs', 'find_job', 'runner_for', 'submit_training',
+           'resume_run', 'find_run']
 
 # %% ../../nbs/90_app/00_training.ipynb #77467930
 import json
@@ -21,14 +22,16 @@ from ..capture.backup import back_up_if_due
 from ..capture.store import Store, detections, frames, ignore_known
 from ..core.box import Box
 from ..core.clock import now, parse_time, stamp
-from ..core.durable import write_json
+from ..core.durable import folder_lock, write_json
 from ..core.errors import DeermlError
 from ..core.settings import Home
-from ..data.version import Frozen, freeze, open_version
+from ..data.version import DatasetVersion, Frozen, freeze, open_version
 from ..judge.collect import Origin
 from ..model.bundle import Bundle, champion
 from ..train.export import export
-from ..train.recipe import Recipe, train
+from ..train.local import Local, at_work, notebook_parameters
+from ..train.recipe import RECORD, Recipe, read_training, sweep, train
+from ..train.runners import OPEN, REQUEST, Job, Runner, describe, digest_of, submitting
 
 # %% ../../nbs/90_app/00_training.ipynb #1cd3cd97
 Progress = Callable[[str, int, int], None]  # (what is done, steps done, steps in all)
@@ -104,6 +107,59 @@ def default_base() -> str:
     import torch
     return "yolo26s" if torch.cuda.is_available() else "yolo26n"
 
+# %% ../../nbs/90_app/00_training.ipynb #7a1fd58b
+def request_run(
+    home: Home,
+    recipe: Recipe,
+    dataset: str | None = None,  # default: the newest version
+    name: str | None = None,  # of the run; default: the time and the dataset
+    **also: object,  # what else is written down
+) -> Path:  # the run's folder
+    "Write down a training that shall be done. Raises `NO_DATASET`, `RUN_EXISTS`."
+    version, asked_at = open_version(home.datasets, dataset), now()
+    path = home.runs / (name or f"{asked_at:%Y%m%dT%H%M%S}-{version.name}")
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError as error:
+        raise DeermlError("RUN_EXISTS", f"There is a run {path.name} already.", next_step="Give the new one another name.") from error
+    write_json(path / REQUEST, {"dataset": version.name, "recipe": asdict(recipe), "asked_at": stamp(asked_at), **also})
+    return path
+
+# %% ../../nbs/90_app/00_training.ipynb #55ada3fb
+def _requested(path: Path) -> dict:
+    try:
+        return json.loads((path / REQUEST).read_bytes())
+    except (OSError, ValueError) as error:
+        raise DeermlError("NO_RUN", f"There is no training {path.name} to go on with.", why=f"{path} holds no {REQUEST}.", next_step="`deerml runs` lists them.") from error
+
+# %% ../../nbs/90_app/00_training.ipynb #f30d2bad
+def carry_out(
+    home: Home,
+    name: str,  # of a run that was asked for
+    on_progress: Progress = quiet,
+) -> Run:
+    "Train and export what was asked for, from wherever it stands; a run that is done is only read. Raises `NO_RUN`, `BUSY`, and as `train` and `export` do."
+    path = home.runs / name
+    asked = _requested(path)
+    with folder_lock(path, ".run.lock"):
+        if not (path / "result.json").exists():
+            _carry_on(home, path, open_version(home.datasets, asked["dataset"]), Recipe(**asked["recipe"]), on_progress)
+    return Run(path, json.loads((path / "result.json").read_text()))
+
+# %% ../../nbs/90_app/00_training.ipynb #fe8e0933
+def _carry_on(home: Home, path: Path, version: DatasetVersion, recipe: Recipe, on_progress: Progress) -> None:
+    record = read_training(path) if (path / RECORD).exists() else None
+    if record and record["state"] == "finished":
+        weights = path / record["weights"]
+    else:
+        weights = train(version.path, path, recipe, lambda done, total, *_: on_progress("train", done, total), resume=record is not None)
+    sweep(path)
+    info = {"dataset": version.name, "manifest_sha256": version.digest, "data_until": version.manifest["data_until"]}
+    candidate = export(weights, path, home.settings.classes, recipe.image_size, info)
+    described, began = json.loads((candidate / "candidate.json").read_text()), read_training(path)["started_at"]
+    write_json(path / "result.json", {"dataset": version.name, "candidate": described, "finished_at": stamp(now()), "seconds": (now() - parse_time(began)).total_seconds()})
+    shutil.rmtree(path / "data", ignore_errors=True)  # copies of the dataset's images
+
 # %% ../../nbs/90_app/00_training.ipynb #bfb7a53f
 def train_candidate(
     home: Home,
@@ -113,19 +169,72 @@ def train_candidate(
     name: str | None = None,  # of the run; default: the time and the dataset
 ) -> Run:
     "Train on a frozen dataset and export the candidate. Raises `NO_DATASET`, `NO_LABELS`, `NO_SPACE`, `RUN_EXISTS`."
-    version = open_version(home.datasets, dataset)
-    path = home.runs / (name or f"{now():%Y%m%dT%H%M%S}-{version.name}")
-    if path.exists():
-        raise DeermlError("RUN_EXISTS", f"There is a run {path.name} already.", next_step="Give the new one another name.")
-    started = now()
-    path.mkdir(parents=True)
-    write_json(path / "request.json", {"dataset": version.name, "recipe": asdict(recipe), "asked_at": stamp(started)})
-    weights = train(version.path, path, recipe, lambda done, total, *_: on_progress("train", done, total))
-    info = {"dataset": version.name, "manifest_sha256": version.digest, "data_until": version.manifest["data_until"]}
-    candidate = export(weights, path, home.settings.classes, recipe.image_size, info)
-    shutil.rmtree(path / "data", ignore_errors=True)  # copies of the dataset's images
-    write_json(path / "result.json", {"dataset": version.name, "candidate": json.loads((candidate / "candidate.json").read_text()), "finished_at": stamp(now()), "seconds": (now() - started).total_seconds()})
-    return Run(path, json.loads((path / "result.json").read_text()))
+    return carry_out(home, request_run(home, recipe, dataset, name).name, on_progress)
+
+# %% ../../nbs/90_app/00_training.ipynb #fe9d2b77
+def list_jobs(home: Home) -> list[Job]:
+    "Every training of this home, the oldest first, whatever became of it"
+    return [describe(path.parent, at_work(path.parent)) for path in sorted(home.runs.glob(f"*/{REQUEST}"))]
+
+
+def find_job(home: Home, name: str) -> Job:
+    "Raises `NO_RUN`"
+    _requested(home.runs / name)
+    return describe(home.runs / name, at_work(home.runs / name))
+
+# %% ../../nbs/90_app/00_training.ipynb #e28fa006
+def runner_for(place: str) -> Runner:
+    "Raises `UNKNOWN_PLACE`"
+    if place not in PLACES:
+        raise DeermlError("UNKNOWN_PLACE", f"There is no place {place!r} to train at.", next_step=f"Use one of: {', '.join(PLACES)}.")
+    return Local()
+
+# %% ../../nbs/90_app/00_training.ipynb #004a238b
+def submit_training(
+    home: Home,
+    runner: Runner,
+    recipe: Recipe,
+    dataset: str | None = None,  # default: the newest version
+    notebook: Path | None = None,  # default: the training notebook
+    parameters: Mapping[str, object] | None = None,  # of the notebook, beside `home` and `run`
+) -> Job:
+    "Begin a training, or find the one that was begun for the same wish. Raises `BUSY` while another one runs there, and as the place does."
+    wish = digest_of({"dataset": open_version(home.datasets, dataset).name, "recipe": asdict(recipe), "place": runner.name, "notebook": str(notebook or ""), "parameters": dict(parameters or {})})
+    with submitting(home.runs):
+        for job in list_jobs(home):
+            if job.state in OPEN and job.request.get("wish") == wish:
+                return runner.submit(job.path)
+            if job.state == "running" and job.place == runner.name:
+                raise DeermlError("BUSY", f"The training {job.id} is running there.", next_step=f"Wait for it, or end it with `deerml runs cancel {job.id}`.", exit_code=75)
+        path = request_run(home, recipe, dataset, wish=wish)
+        return _begin(home, runner, path, notebook, parameters or {})
+
+# %% ../../nbs/90_app/00_training.ipynb #ad07509b
+def _begin(home: Home, runner: Runner, path: Path, notebook: Path | None, parameters: Mapping[str, object]) -> Job:
+    "What cannot begin was never asked for"
+    own = {"home": str(home.path), "run": path.name}
+    known = own if notebook is None else {name: value for name, value in own.items() if name in notebook_parameters(notebook)}
+    write_json(path / REQUEST, _requested(path) | {"notebook": str(notebook.resolve()) if notebook else None, "parameters": known | dict(parameters)})
+    try:
+        return runner.submit(path)
+    except DeermlError:
+        shutil.rmtree(path)
+        raise
+
+# %% ../../nbs/90_app/00_training.ipynb #ddb8643a
+def resume_run(
+    home: Home,
+    name: str,
+    runner: Runner,
+) -> Job:
+    "Go on with a training that was interrupted, as a job. Raises `NO_RUN`, `RUN_FINISHED`."
+    with submitting(home.runs):
+        job = find_job(home, name)
+        if job.state == "finished":
+            raise DeermlError("RUN_FINISHED", f"The run {name} is finished: there is nothing to resume.", next_step="Run `deerml gate`.")
+        if "parameters" not in job.request:
+            write_json(job.path / REQUEST, {**job.request, "notebook": None, "parameters": {"home": str(home.path), "run": name}})
+        return runner.submit(job.path)
 
 # %% ../../nbs/90_app/00_training.ipynb #8412fa0c
 def find_run(
