@@ -1,4 +1,6 @@
 """The page for every kind of verdict: complete, self-contained, and safe whatever a camera is called."""
+import hashlib
+import json
 import re
 from dataclasses import replace
 from datetime import date
@@ -9,10 +11,16 @@ import numpy as np
 import pytest
 
 from deerml.core.clock import parse_time
+from deerml.core.errors import DeermlError
+from deerml.data.picture import draw_frame
 from deerml.judge.compare import Contestant
-from deerml.judge.evidence import Evidence, Thresholds, practice_evidence, practice_predictions
-from deerml.judge.gate import GateContext, GateSettings, judge
-from deerml.judge.report import Side, curve_of, draw_frame, exhibits_of, report_html, write_report
+from deerml.judge.evidence import Evidence, Thresholds, practice_evidence, practice_predictions, sample_of
+from deerml.judge.exhibits import exhibits_of, ranked_differences
+from deerml.judge.gate import GateContext, GateSettings, judge, plain
+from deerml.judge.report import Side, curve_of, curves_to_keep, published_page, report_html, verdict_of, write_report
+from deerml.model.bundle import Thresholds as BundleThresholds
+from deerml.model.bundle import seal, spot_draft, spot_model
+from deerml.ship.release import publish, refuse_pictures, verify_release
 
 FAST = GateSettings(draws=100)
 AT = parse_time("2026-10-31T09:00:00Z")
@@ -51,7 +59,7 @@ def case(visits=60, camera="east", **context):
 
 def page_of(yard, champion, challenger, context, read=lambda frame_id: GREY):
     verdict = judge(yard, champion, challenger, FAST, context)
-    shown = exhibits_of(yard, champion, challenger, read, each=2) if champion else []
+    shown = exhibits_of(yard, champion, challenger, read, each=2)
     side = Side("v7", curve_of(yard, champion)) if champion else None
     return verdict, report_html(verdict, Side("v8", curve_of(yard, challenger), "Trained on v0008."), side, shown, made_at=AT)
 
@@ -89,6 +97,100 @@ def test_without_exhibits_no_photograph_leaves():
     yard, champion, challenger, context = case(60)
     html = report_html(judge(yard, champion, challenger, FAST, context), Side("v8"), Side("v7"))
     assert "data:image" not in html and "<img" not in html
+
+
+def recorded(yard, champion, challenger, context):
+    "A judgement as it is written down, after a journey through JSON"
+    verdict = judge(yard, champion, challenger, FAST, context)
+    curves = curves_to_keep({"champion": curve_of(yard, champion) if champion else None, "challenger": curve_of(yard, challenger)})
+    facts = {"made_at": "2026-10-31T09:00:00.000Z", "challenger": "8" * 64, "champion": "7" * 64 if champion else None, "dataset": "v0008", "nights": ["east/2026-10-01"], "curves": curves}
+    return verdict, json.loads(json.dumps(verdict.to_dict() | facts))
+
+
+@pytest.mark.parametrize("kind", ["pair", "few", "first", "unknown"])
+def test_the_published_copy_says_the_same_without_a_frame(kind):
+    yard, champion, challenger, context = case(26 if kind == "few" else 60, visits_per_day=1.0, today=date(2026, 10, 31))
+    if kind == "unknown":
+        yard = replace(yard, frames=tuple(replace(frame, role="volunteered", p=None) for frame in yard.frames))
+    verdict, record = recorded(yard, None if kind == "first" else champion, challenger, context)
+    assert verdict_of(record) == replace(verdict, numbers=plain(verdict.numbers))
+    public = published_page(record)
+    assert published_page(json.loads(json.dumps(record))) == public
+    refuse_pictures(public)
+    page = Page(public.decode())
+    assert not [tag for tag, _ in page.tags if tag == "img"] and b"data:image" not in public and b"jpeg" not in public
+    text = " ".join("".join(page.text).split())
+    assert all(reason in text for reason in verdict.reasons) and "8" * 12 in text
+    assert len([tag for tag, _ in page.tags if tag == "path"]) == (2 if kind == "first" else 3)
+
+
+def test_a_record_without_curves_is_a_page_as_well():
+    _, record = recorded(*case(60))
+    del record["curves"]
+    assert b"<path" not in published_page(record)
+
+
+def test_a_release_carries_the_report(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(spot_model(["deer"]))
+    (tmp_path / "releases").mkdir()
+    bundle = seal(tmp_path / "model.onnx", spot_draft(["deer"]), BundleThresholds(shared={"deer": 0.5}), "drawn", tmp_path / "bundles")
+    _, record = recorded(*case(60))
+    release = publish(bundle, tmp_path / "releases", verdict="promote", report=published_page(record))
+    [named] = [file for file in release.files if file.name == "report.html"]
+    content = (release.path / "report.html").read_bytes()
+    assert named.sha256 == hashlib.sha256(content).hexdigest() and verify_release(release.path) == release
+    with_frames = page_of(*case(60))[1].encode()
+    with pytest.raises(DeermlError) as caught:
+        publish(bundle, tmp_path / "releases", verdict="first", report=with_frames)
+    assert caught.value.code == "HAS_PICTURES"
+
+
+@pytest.mark.parametrize("rival", [True, False])
+def test_the_worst_come_first(rival):
+    yard, champion, challenger, _ = case(60)
+    ranks = ranked_differences(yard, champion if rival else None, challenger)
+    weight = {visit.id: worth for visit, worth in zip(yard.visits, sample_of(yard).visit_weight)}
+    for kind in ("missed", "new_false_alarm", "found"):
+        of_kind = [(-worth, -score) for one, worth, score in ranks if one.kind == kind]
+        assert of_kind == sorted(of_kind) and (of_kind or kind == "missed")
+    assert all(worth == pytest.approx(weight[one.subject]) for one, worth, _ in ranks if one.kind in ("missed", "found"))
+    shown = exhibits_of(yard, champion if rival else None, challenger, lambda frame_id: GREY, each=3)
+    assert [(one.difference, one.weight) for one in shown if one.difference.kind == "found"] == [(one, worth) for one, worth, _ in ranks if one.kind == "found"][:3]
+
+
+def test_a_first_model_shows_what_it_does():
+    yard, _, challenger, context = case(60)
+    verdict, html = page_of(yard, None, challenger, context)
+    text = " ".join("".join(Page(re.sub("<style>.*?</style>", "", html, flags=re.DOTALL)).text).split())
+    assert "Visits missed" in text and "Visits found" in text and "champion" not in text.split("How to read")[0].lower()
+    assert f"{verdict.numbers['challenger']['visits_found']}visits found" in "".join(Page(html).text).replace("\n", "")
+
+
+def test_pictures_are_cut_to_the_animal():
+    yard, champion, challenger, _ = case(60)
+    shown = exhibits_of(yard, champion, challenger, lambda frame_id: GREY)
+    cut = [one for one in shown if one.place]
+    assert cut and all(len(one.place) < len(GREY) * 40 for one in cut)
+    for one in cut:
+        before, after, place = (cv2.imdecode(np.frombuffer(picture, np.uint8), cv2.IMREAD_COLOR).shape for picture in (one.before, one.after, one.place))
+        assert before == after and place[1] == 320
+
+
+def test_what_only_some_homes_know_is_told_only_there():
+    yard, champion, challenger, context = case(60)
+    verdict = judge(yard, champion, challenger, FAST, context)
+    assert "What to expect" not in report_html(verdict, Side("v8"), Side("v7"))
+    more = {
+        "calibration": {"change": {"sentence": "On the val nights it raises 0.12 fewer false alarms."}},
+        "cost": {name: {"estimate": 12.24, "lower": 8.0, "upper": None} for name in ("challenger", "champion", "difference")},
+        "cases": {"checked": [1, 2, 3], "regressions": [2], "gains": [], "left_out": []}, "test_version": "test-v0002"}
+    told = replace(verdict, numbers=verdict.numbers | more, caps=("case_regression",), reasons=("It fails 1 case that the champion passes: frames 2.", *verdict.reasons))
+    priced = judge(yard, champion, challenger, replace(FAST, cost_missed_visit=5.0, cost_false_alarm=1.0), context)
+    html = report_html(priced, Side("v8"), Side("v7"))
+    assert "It costs " in html and "prices" in priced.summary and "prices" not in html.partition("<h1>")[2].partition("</h1>")[0]
+    text = " ".join("".join(Page(report_html(told, Side("v8"), Side("v7"))).text).split())
+    for words in ("0.12 fewer false alarms", "It costs 12.2 (8.0 to –) a camera and month, the champion 12.2", "3 known cases checked: 1 lost.", "test-v0002", "It fails 1 case"):
+        assert words in text, words
 
 
 def test_names_cannot_become_markup():

@@ -19,14 +19,15 @@ import sqlalchemy as sa
 
 from ..capture import schema
 from ..capture.backup import back_up_if_due
-from ..capture.store import Store, detections, frames, ignore_known
-from ..core.box import Box
+from ..capture.store import Store, ignore_known
 from ..core.clock import now, parse_time, stamp
 from ..core.durable import folder_lock, write_json
 from ..core.errors import DeermlError
 from ..core.settings import Home
-from ..data.version import DatasetVersion, Frozen, freeze, open_version
-from ..judge.collect import Origin
+from ..data.gallery import illustrate
+from ..data.manifest import DatasetVersion
+from ..data.version import Frozen, freeze, open_version
+from ..judge.collect import Origin, sight_key
 from ..model.bundle import Bundle, champion
 from ..train.export import export
 from ..train.local import Local, at_work, notebook_parameters
@@ -58,19 +59,12 @@ def remember(store: Store, bundle: Bundle, origin: str, parent: str | None, reco
 
 # %% ../../nbs/90_app/00_training.ipynb #ef52459e
 def prepare(store: Store, at: datetime | None = None, force: bool = False) -> Frozen:
-    "Freeze the reviewed frames into the next dataset version; a backup follows when one is due. Raises `UNHEALTHY`."
-    frozen = freeze(store, at, force, _champions_boxes(store))
+    "Freeze the reviewed frames into the next dataset version and illustrate its health; a backup follows when one is due. Raises `UNHEALTHY`."
+    acting = champion(store.home)
+    frozen = freeze(store, at, force, acting, [sight_key(acting)] if acting else ())
+    illustrate(store, frozen.facts)
     back_up_if_due(store.home)
     return frozen
-
-# %% ../../nbs/90_app/00_training.ipynb #840901c8
-def _champions_boxes(store: Store) -> dict[str, list[Box]]:
-    acting = champion(store.home)
-    if acting is None:
-        return {}
-    image = {frame.id: (frame.image, frame.camera) for frame in frames(store)}
-    return {image[frame_id][0]: [one.box for one in found if one.score >= acting.threshold(image[frame_id][1], one.label)]
-            for frame_id, found in detections(store, acting.digest).items()}
 
 # %% ../../nbs/90_app/00_training.ipynb #cf3b9ff3
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import os
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -43,9 +43,13 @@ class Settings(BaseSettings):
     batch: int = Field(16, ge=1, description="Images in a training step.")
     keep_score: float = Field(0.05, gt=0, lt=1, description="Detections are kept down to this score: misses hide below the alarm threshold.")
     false_alarms_per_night: float = Field(0.5, gt=0, description="The false alarms a camera may raise in a night; it decides the thresholds.")
+    cost_missed_visit: float = Field(0, ge=0, allow_inf_nan=False, description="What a missed visit costs you, in any unit: eaten roses, for example. Only its ratio to the next setting counts; 0: not said, the budget alone decides.")
+    cost_false_alarm: float = Field(0, ge=0, allow_inf_nan=False, description="What a false alarm costs you, in the same unit. With both set, the threshold of least expected cost is taken, among those that keep within the budget above.")
+    primary: Literal["visit_recall", "false_alarms"] = Field("visit_recall", description="Where a new model must be better to be promoted: visit_recall; or false_alarms, while those are what you want fixed.")
     recall_margin: float = Field(0.03, gt=0, lt=1, description="A new model may miss at most this share of visits more than the champion.")
     false_alarm_ratio_margin: float = Field(1.25, gt=1, description="A new model may raise at most this many times the champion's false alarms ...")
     false_alarm_margin: float = Field(0.25, ge=0, description="... or this many more a camera and night, whichever is easier: small counts have no tight ratio.")
+    ap50_margin: float = Field(0.02, gt=0, lt=1, description="A new model's boxes may fit worse than the champion's by at most this (AP50). Counts only once 100 visits have boxes drawn or adjusted by hand.")
     min_visits: int = Field(40, ge=1, description="Fewer visits than this are never enough evidence for a promotion.")
     floor_recall: float = Field(0.5, ge=0, le=1, description="The first model of a home must find this share of visits (lower bound).")
     weekly_windows: int = Field(84, ge=1, description="Windows of ten minutes that a person is asked to judge in a week.")

@@ -41,6 +41,8 @@ class Labelled:
     split: str
     size: Size
     boxes: tuple[tuple[str, Box], ...]  # (class, box)
+    frame_id: int = 0
+    when: str = ""  # date and time on the camera's clock, for people
 
 # %% ../../nbs/40_data/02_health.ipynb #36c053d7
 def box_problems(labelled: Sequence[Labelled]) -> list[Problem]:

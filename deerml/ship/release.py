@@ -78,9 +78,9 @@ class OwnerDecision(_Part):
 
 
 class FileUsed(_Part):
-    "One of the bundle's files"
+    "One of the bundle's files, or the report"
 
-    name: Literal["model.onnx", "serving.json"]
+    name: Literal["model.onnx", "serving.json", "report.html"]
     bytes: int = Field(gt=0, le=MAX_MODEL_BYTES)
     sha256: Sha256
 
@@ -113,7 +113,7 @@ class Release(_Part):
         for wrong, problem in (
             (self.max_stage != stage, f"{self.verdict} allows the stage {stage}, not {self.max_stage}"),
             (self.verdict == "reject" and self.owner_decision, "a rejected bundle cannot be accepted by decision"),
-            (len(self.files) != 2 or len(hashes) != 2, "it does not list the bundle's two files"),
+            (len(self.files) != len(hashes) or hashes.keys() - OPTIONAL != {MODEL_FILE, SERVING_FILE}, "it does not list the bundle's two files"),
             (hashes.get(SERVING_FILE) != self.digest, "the digest is not the hash of serving.json"),
             (self.digest in self.revoked, "it revokes its own bundle"),
         ):
@@ -304,6 +304,8 @@ def _read(folder: Path, number: int) -> Release:
     if release.version != number:
         raise DeermlError("EQUIVOCATION", f"{folder} holds release {release.version}.", why=f"Its name says {number}.",
                           next_step="Find out who moved it before you use any of these releases.")
+    if (REPORT_FILE in hashes) != any(file.name == REPORT_FILE for file in release.files):
+        raise bad_release(f"{folder} does not belong to this release.", f"release.json and the folder differ on {REPORT_FILE}.")
     for file in release.files:
         if (file.bytes, file.sha256) != ((folder / file.name).stat().st_size, hashes[file.name]):
             raise DeermlError("DIGEST", f"{folder / file.name} does not belong to this release.",
@@ -416,7 +418,7 @@ def _contents(release: Release, bundle: Bundle, report: bytes | None) -> dict[st
     "All files of a release. Raises `BAD_RELEASE` when one is too large."
     files = {MODEL_FILE: bundle.model(), SERVING_FILE: bundle.serving.to_bytes(), RELEASE_FILE: release.to_bytes(),
              CARD_FILE: model_card(release, bundle).encode()}
-    if report is not None:
+    if report:
         files[REPORT_FILE] = report
     files[SUMS_FILE] = _sums({name: sha256_bytes(content) for name, content in files.items()})
     for name, content in files.items():
@@ -439,11 +441,12 @@ def _next_version(releases_dir: Path) -> int:
     return max(map(_number, folders), default=0) + 1
 
 # %% ../../nbs/70_ship/00_release.ipynb #b97d0864
-def _draw_up(bundle: Bundle, version: int, verdict: Verdict, **facts: object) -> Release:
-    "The document. Raises `BAD_RELEASE`."
+def _draw_up(bundle: Bundle, version: int, verdict: Verdict, report: bytes | None, **facts: object) -> Release:
+    "The document. It names the report as well, so that its signature covers what people read. Raises `BAD_RELEASE`."
     files = [FileUsed(name=name, bytes=size, sha256=sha256) for name, size, sha256 in (
         (MODEL_FILE, bundle.serving.model_bytes, bundle.serving.model_sha256),
-        (SERVING_FILE, len(bundle.serving.to_bytes()), bundle.digest))]
+        (SERVING_FILE, len(bundle.serving.to_bytes()), bundle.digest),
+        *([(REPORT_FILE, len(report), sha256_bytes(report))] if report else []))]
     try:
         release = Release(version=version, digest=bundle.digest, classes=bundle.serving.classes, verdict=verdict,
                           max_stage=MAX_STAGE.get(verdict, "none"), files=files, created_at=stamp(now()), **facts)
@@ -474,7 +477,7 @@ def publish(
         refuse_pictures(report)
     with naming_full_disks(releases_dir / RELEASE_FILE), folder_lock(releases_dir):
         _sweep(releases_dir)
-        release = _draw_up(bundle, _next_version(releases_dir), verdict, dataset=dataset, parent=parent,
+        release = _draw_up(bundle, _next_version(releases_dir), verdict, report, dataset=dataset, parent=parent,
                            metrics=dict(metrics or {}), reasons=list(reasons), owner_decision=owner_decision,
                            revoked=sorted(revoked), tools={**tool_versions(), **(tools or {})})
         if known := _same_again(releases_dir, release):
