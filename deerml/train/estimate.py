@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import find_base, quiet_ultralytics
-from .copies import Material, SplitFiles, copy_material, read_material
+from .copies import Material, SplitFiles, copy_material, read_material, replay_counts
 from .recipe import RECORD, Recipe, choose_device, device_name, options_of
 from .session import Plan, explained, logged, open_session
 
@@ -124,7 +124,7 @@ def estimate(
     "How long a training will take, found out in less than a minute or a few steps. Raises as `train` does, and writes nothing."
     material = read_material(Path(dataset_dir))
     step_s, val_s = time_steps(material, recipe)
-    images, val = len(material.splits["train"].images), len(material.splits["val"].images)
+    images, val = sum(replay_counts(material).values()) if recipe.replay else len(material.splits["train"].images), len(material.splits["val"].images)
     steps, limit = recipe.epochs * math.ceil(images / recipe.batch), recipe.minutes * 60 if recipe.minutes else math.inf
     here = device_name(choose_device(recipe.device))
     there = {device: min(pace * images * recipe.epochs, limit) for device, pace in (paces(runs, recipe) if runs else {}).items() if device != here}

@@ -24,7 +24,7 @@ from ..core.clock import now, stamp
 from ..core.durable import folder_lock, sha256_file, write_json
 from ..core.errors import DeermlError
 from .checkpoint import TINY, find_base, quiet_ultralytics
-from .copies import Material, check_space, copy_material, read_material
+from .copies import Material, check_space, copy_material, read_material, replay_counts
 from .session import Plan, Progress, explained, finish, has_ended, logged, on_screen, open_session
 
 # %% ../../nbs/50_train/03_recipe.ipynb #9ef8c14f
@@ -57,6 +57,7 @@ class Recipe:
     validate: bool = FROM_PRESET  # look at the val images after each epoch, and use the best epoch?
     patience: int = FROM_PRESET  # stop after so many epochs without a better score; 0: never
     cache_images: bool = FROM_PRESET  # keep decoded images in memory?
+    replay: bool = False  # show images of rare cameras, of the rarer light and of the rarer age more often?
     minutes: float | None = None  # limit of one call; fewer epochs are done when it is short
     seed: int = 0
     threads: int = 2  # of PyTorch on a CPU; a small model gains a third from the second and little from more
@@ -191,7 +192,7 @@ def _check_resume(run_dir: Path, new: Mapping[str, Any]) -> dict[str, Any]:
     old = read_training(run_dir)
     if old["state"] == "finished":
         raise DeermlError("RUN_FINISHED", f"The run {run_dir.name} is finished: there is nothing to resume.", next_step="Start a new run, from its weights if you like.")
-    changed = [name for name, value in new["recipe"].items() if old["recipe"].get(name) != value and name not in MAY_CHANGE]
+    changed = [name for name, value in new["recipe"].items() if old["recipe"].get(name, value) != value and name not in MAY_CHANGE]
     changed += ["the dataset"] if old["dataset"]["manifest_sha256"] != new["dataset"]["manifest_sha256"] else []
     if changed:
         raise DeermlError("RESUME_MISMATCH", f"The run {run_dir.name} cannot go on with something else.", why=f"Changed: {', '.join(changed)}.",
@@ -226,7 +227,7 @@ def train(
             if not goes_on:
                 record["base_sha256"] = sha256_file(base) if base.is_file() else None
             check_space(run_dir, material, recipe.reserve_mb)
-            data = copy_material(material, run_dir / "data")
+            data = copy_material(material, run_dir / "data", replay_counts(material) if recipe.replay else {})
             if goes_on and has_ended(base, recipe.epochs, recipe.patience):
                 finish(run_dir)
             else:

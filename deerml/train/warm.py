@@ -57,4 +57,4 @@ def warm_recipe(
 ) -> Recipe:
     "The same training, on from weights that have been trained"
     rate = recipe.learning_rate or round(0.002 * 5 / (4 + classes), 6)
-    return replace(recipe, base=str(checkpoint), learning_rate=rate * WARM_RATE, epochs=math.ceil(recipe.epochs * WARM_EPOCHS), freeze=0, freeze_epochs=0, warmup_epochs=min(1.0, recipe.warmup_epochs))
+    return replace(recipe, base=str(checkpoint), learning_rate=rate * WARM_RATE, epochs=math.ceil(recipe.epochs * WARM_EPOCHS), freeze=0, freeze_epochs=0, warmup_epochs=min(1.0, recipe.warmup_epochs), replay=True)
