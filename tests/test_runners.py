@@ -8,6 +8,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -33,11 +34,13 @@ from deerml.core.durable import write_json
 from deerml.core.errors import DeermlError
 from deerml.core.settings import Home
 from deerml.data.remote import FolderRemote
+from deerml.data.version import freeze
 from deerml.train import local as local_room
 from deerml.train.copies import spot_dataset
 from deerml.train.local import Local, at_work, wait_for
 from deerml.train.mirror import mirrored, push_state, read_pointer
 from deerml.train.recipe import Recipe, choose_device, read_training, train
+from yards import yard
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALLEST = """
@@ -257,3 +260,27 @@ def test_candidates_are_compared_when_all_of_them_are_trained(home, monkeypatch)
     names = finished_pair(home, monkeypatch)
     (home.runs / names[1] / "result.json").unlink()
     assert code_of(choose_candidate, type("Store", (), {"home": home})(), names) == "NOT_FINISHED" and list_runs(home) == []
+
+
+@pytest.mark.slow
+def test_two_candidates_are_trained_compared_and_one_is_left(tmp_path, monkeypatch):
+    monkeypatch.setenv("DEERML_CACHE", str(tmp_path / "cache"))
+    with yard(tmp_path / "yard", nights=8, image_size=96, base_model="tiny", epochs=2, batch=4) as store:
+        freeze(store, at=datetime(2027, 1, 1, tzinfo=UTC))
+        home = store.home
+
+    def deerml(*words) -> dict:
+        answer = CliRunner().invoke(app, [*words, "--home", str(home.path), "--json"])
+        return json.loads(answer.stdout)
+
+    assert deerml("train", "--candidates", "fresh,warm")["error"]["code"] == "NO_CHAMPION"
+    first = deerml("train")
+    deerml("adopt", str(home.runs / first["run"] / "last.pt"))
+    (home.runs / first["run"] / "last.pt").unlink()
+    told = deerml("train", "--candidates", "fresh,warm", "--epochs", "2")
+    assert set(told["chosen"]["figures"]) == {f"{told['run'].rpartition('-')[0]}-{kind}" for kind in ("fresh", "warm")}, told
+    loser = next(name for name in told["chosen"]["figures"] if name != told["run"])
+    assert find_run(home).id == told["run"] and deerml("gate", "--run", loser)["error"]["code"] == "NOT_CHOSEN"
+    warm = next(name for name in told["chosen"]["figures"] if name.endswith("warm"))
+    recipe = json.loads((home.runs / warm / "training.json").read_bytes())["recipe"]
+    assert Path(recipe["base"]).parent.name.endswith("adopted") and recipe["replay"] and recipe["epochs"] == 1

@@ -30,8 +30,9 @@ def weights_behind(
         except (OSError, ValueError):
             continue  # a candidate that cannot be read is nobody's origin
         if described.get("model_sha256") == model_sha256:
-            weights = (path.parents[1] / name for name in ("best.pt", "last.pt"))
-            return next((one for one in weights if one.is_file() and sha256_file(one) == described["weights_sha256"]), None)
+            for weights in (path.parents[1] / name for name in ("best.pt", "last.pt")):
+                if weights.is_file() and sha256_file(weights) == described["weights_sha256"]:
+                    return weights
     return None
 
 # %% ../../nbs/50_train/08_warm.ipynb #82994464
