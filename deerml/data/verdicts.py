@@ -381,14 +381,16 @@ class ReviewSync:
     frames: int
     byte_count: int  # of the pack
     pack: str | None  # its name; None when no window waits
-    left_out: tuple[tuple[int, str], ...] = ()  # (frame id, why)
+    left_out: tuple[tuple[int, str], ...] = ()  # without a usable image: (frame id, why)
+    withheld: tuple[tuple[int, str], ...] = ()  # by the policy: (frame id, why)
 
     @property
     def sentence(self) -> str:
         if self.pack is None:
             return f"{self.merged.sentence} No window waits for a review, so no pack was made."
         lacking = f"; {_many(len(self.left_out), 'frame')} without a usable image left out" if self.left_out else ""
-        return f"{self.merged.sentence} The review pack: {_many(self.windows, 'window')} with {_many(self.frames, 'photograph')} ({self.byte_count / 1e6:.1f} MB){lacking}."
+        kept = f"; {_many(len(self.withheld), 'photograph')} withheld ({', '.join(sorted({why for _, why in self.withheld}))})" if self.withheld else ""
+        return f"{self.merged.sentence} The review pack: {_many(self.windows, 'window')} with {_many(self.frames, 'photograph')} ({self.byte_count / 1e6:.1f} MB){kept}{lacking}."
 
 # %% ../../nbs/40_data/10_verdicts.ipynb #3d8347b6
 def sync_review(
@@ -410,7 +412,7 @@ def sync_review(
     pack = make_review_pack(store, windows, bundle, on_progress)
     if not dry_run:
         push_review_pack(store, pack, remote)
-    return ReviewSync(merged, pack.windows, len(pack.content.frames), len(pack.data), pack.name, pack.left_out)
+    return ReviewSync(merged, pack.windows, len(pack.content.frames), len(pack.data), pack.name, pack.left_out, pack.withheld)
 
 # %% ../../nbs/40_data/10_verdicts.ipynb #ae9ed6f5
 @dataclass(frozen=True)
