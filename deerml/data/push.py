@@ -153,12 +153,14 @@ def _parcels(made: Iterator[tuple[Copied, bytes]], folder: Path) -> Iterator[_Pa
     "Write copies into packs of at most about `PACK_BYTES`"
     waiting: list[Copied] = []
     content: dict[str, bytes] = {}
+    size = 0
     for copied, data in made:
         waiting.append(copied)
         content[copied.outgoing] = data
-        if sum(map(len, content.values())) >= PACK_BYTES:
+        size += len(data)
+        if size >= PACK_BYTES:
             yield _parcel(waiting, content, folder)
-            waiting, content = [], {}
+            waiting, content, size = [], {}, 0
     if content:
         yield _parcel(waiting, content, folder)
 
@@ -314,7 +316,7 @@ def _step(plan: Plan, labels: Mapping[str, Labels], packs: Sequence[Pack], repla
     head = {"version": plan.version.name, "of": plan.version.digest, "classes": manifest["classes"], "data_until": manifest["data_until"], "content": content}
     if before and (before.newest.of, before.newest.version, before.newest.content) == (head["of"], head["version"], content):
         return None
-    if before is None or before.steps >= MAX_CHAIN or replaced:
+    if before is None or len(before.chain) >= MAX_CHAIN or replaced:
         kept = [pack for pack in (before.packs.values() if before else ()) if pack.digest not in replaced and any(image in labels for image in pack.images)]
         return Step(**head, parent=None, adds=dict(labels), removes=[], packs=[*kept, *packs])
     adds = {image: one for image, one in labels.items() if before.labels.get(image) != one}

@@ -117,12 +117,14 @@ def parse_step(
 class Shelf:
     "A version as it lies on a remote"
 
-    digest: str  # of the newest step
+    chain: tuple[str, ...]  # digests of the steps from the last snapshot on
     newest: Step
     labels: Mapping[str, Labels]  # by the hash of the outgoing copy
     packs: Mapping[str, Pack]  # by digest
-    steps: int  # since and with the last snapshot
-    step_bytes: int  # of the steps after the snapshot
+
+    @property
+    def digest(self) -> str:
+        return self.chain[-1]
 
     @property
     def pack_of(self) -> dict[str, str]:
@@ -136,21 +138,21 @@ class Shelf:
 
 # %% ../../nbs/40_data/16_shelf.ipynb #0b04f7bf
 def fold(
-    chain: Sequence[tuple[str, Step, int]],  # digest, step and its bytes; a snapshot first
+    chain: Sequence[tuple[str, Step]],  # digests and steps; a snapshot first
 ) -> Shelf:
     "Raises `BAD_SHELF`"
     labels: dict[str, Labels] = {}
     packs: dict[str, Pack] = {}
-    for _, step, _ in chain:
+    for _, step in chain:
         if missing := [image for image in step.removes if image not in labels]:
             raise bad_shelf(f"{step.version} removes {missing[0][:12]}…, which was not there.")
         gone = set(step.removes)
         labels = {image: one for image, one in labels.items() if image not in gone} | step.adds
         packs |= {pack.digest: pack for pack in step.packs}
-    digest, newest, _ = chain[-1]
+    newest = chain[-1][1]
     if content_hash(newest.classes, labels) != newest.content:
         raise bad_shelf(f"The steps up to {newest.version} do not make what it says.")
-    shelf = Shelf(digest, newest, labels, packs, len(chain), sum(size for _, _, size in chain[1:]))
+    shelf = Shelf(tuple(digest for digest, _ in chain), newest, labels, packs)
     _check(shelf)
     return shelf
 
@@ -179,13 +181,12 @@ def read_shelf(
     wanted = start or _pointer(remote)
     if wanted is None:
         return None
-    chain: list[tuple[str, Step, int]] = []
+    chain: list[tuple[str, Step]] = []
     while wanted is not None:
-        if len(chain) == MAX_STEPS or any(wanted == digest for digest, _, _ in chain):
+        if len(chain) == MAX_STEPS or any(wanted == digest for digest, _ in chain):
             raise bad_shelf("Its steps never come to a snapshot.")
-        data = _step_data(remote, kept, wanted)
-        step = parse_step(data, wanted)
-        chain.append((wanted, step, len(data)))
+        step = parse_step(_step_data(remote, kept, wanted), wanted)
+        chain.append((wanted, step))
         wanted = step.parent
     return fold(chain[::-1])
 
