@@ -185,6 +185,9 @@ def test_what_only_some_homes_know_is_told_only_there():
         "cost": {name: {"estimate": 12.24, "lower": 8.0, "upper": None} for name in ("challenger", "champion", "difference")},
         "cases": {"checked": [1, 2, 3], "regressions": [2], "gains": [], "left_out": []}, "test_version": "test-v0002"}
     told = replace(verdict, numbers=verdict.numbers | more, caps=("case_regression",), reasons=("It fails 1 case that the champion passes: frames 2.", *verdict.reasons))
+    priced = judge(yard, champion, challenger, replace(FAST, cost_missed_visit=5.0, cost_false_alarm=1.0), context)
+    html = report_html(priced, Side("v8"), Side("v7"))
+    assert "It costs " in html and "prices" in priced.summary and "prices" not in html.partition("<h1>")[2].partition("</h1>")[0]
     text = " ".join("".join(Page(report_html(told, Side("v8"), Side("v7"))).text).split())
     for words in ("0.12 fewer false alarms", "It costs 12.2 (8.0 to –) a camera and month, the champion 12.2", "3 known cases checked: 1 lost.", "test-v0002", "It fails 1 case"):
         assert words in text, words

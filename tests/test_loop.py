@@ -87,6 +87,8 @@ def test_house_keeping(home):
 def test_gate_publish_deploy_and_back(home):
     again = run("gate", "--run", "second", "--home", home)
     assert Path(again["report"]).is_file()
+    assert again["test_version"].startswith("test-v") and again["calibration"]["calibration"] in ("drawn", "provisional")
+    assert "On the val nights it raises" in again["calibration"]["change"]["sentence"]
     before = Bundle.load((home / "models/current").resolve()).digest
     if again["verdict"] == "reject":
         assert run("publish", "--reason", "I like it", "--home", home, code=1)["error"]["code"] == "REJECTED"

@@ -20,6 +20,8 @@ from deerml.capture.truth import BoxVerdict, FrameStatement, Undo, complete_trut
 from deerml.core.errors import DeermlError
 from deerml.core.settings import Home
 from deerml.data.version import freeze
+from deerml.judge.collect import evidence_of
+from deerml.judge.ledger import freeze_test, log_use, models_judged
 from deerml.review.queue import close_night, drawn_windows
 from yards import AFTER, SPOT, START, picture, yard
 
@@ -125,6 +127,22 @@ def test_the_server_refuses_to_change_what_is_append_only(tmp_path, url, table):
             with pytest.raises(sa.exc.DBAPIError, match="append-only"), store.write() as connection:
                 connection.exec_driver_sql(change)
         assert truths(store, ["deer"])[frame_id].state(["deer"]) == "verified_empty"
+
+
+def test_the_ledger_of_tests_is_kept(tmp_path, url):
+    with Store.open(Home.create(tmp_path / "yard", database_url=url)) as store:
+        [frame_id] = add_frames(store, [new_frame(1)])
+        record(store, "ann", [FrameStatement(frame_id, "nothing_here", ("deer",))])
+        nights = [frames(store)[0].night_key]
+        version = freeze_test(store, evidence_of(store, nights), nights)
+        assert freeze_test(store, evidence_of(store, nights), nights) == version and version.nights == set(nights)
+        with store.write() as connection:
+            made = connection.execute(schema.judgement.insert().values(made_at="t", challenger="a", verdict="first", result="{}"))
+            log_use(connection, version, "a", None, made.inserted_primary_key[0])
+        assert models_judged(store, version) == {"a"}
+        for table in ("test_use", "test_version"):
+            with pytest.raises(sa.exc.DBAPIError, match="append-only"), store.write() as connection:
+                connection.exec_driver_sql(f"delete from {table}")
 
 
 def test_truth_is_the_fold_of_what_was_said(tmp_path, url):

@@ -23,8 +23,11 @@ def prepare_command(
     as_json: JsonOption = False,
 ) -> None:
     "Freeze what was reviewed into the next dataset version, in COCO and YOLO, after a look at its health."
+    from rich.markup import escape
+
     from deerml.app.training import prepare
     from deerml.capture.store import Store
+    from deerml.data.page import headline
     if diff is not None:
         return _tell_diff(home_at(home), diff, as_json)
     with Store.open(home_at(home)) as store:
@@ -32,9 +35,9 @@ def prepare_command(
     pictures = home_at(home).reports / f"health-{frozen.version.name}.html"
     counts = frozen.version.manifest["counts"]
     rows = "\n".join(f"  {split:<6} {count['animals']:>6} with an animal {count['empty']:>6} empty" for split, count in counts.items())
-    warnings = "".join(f"\n[yellow]{problem.text}[/]" for problem in frozen.health.problems)
-    text = f"[bold]{frozen.version.name}[/]{'' if frozen.is_new else ' (nothing was reviewed since)'}\n{rows}{warnings}\nSee {pictures}"
     gaps = [frozen.facts.balance.sentence(gap) for gap in frozen.facts.balance.gaps()]
+    warnings = "".join(f"\n[yellow]{escape(text)}[/]" for text in [*(problem.text for problem in frozen.health.problems), *gaps])
+    text = f"[bold]{frozen.version.name}[/]{'' if frozen.is_new else ' (nothing was reviewed since)'}\n{rows}\n{headline(frozen.facts)[2]}{warnings}\nSee {pictures}"
     say(as_json, text, version=frozen.version.name, is_new=frozen.is_new, counts=counts, digest=frozen.version.digest, problems=frozen.health.to_dict(), path=frozen.version.path, health=pictures,
         gaps=gaps, audit=frozen.facts.audit.to_dict() if frozen.facts.audit else None, changes=frozen.facts.diff.sentences() if frozen.facts.diff else [])
 
@@ -78,18 +81,19 @@ def train_command(
 @command(app, "gate")
 def gate_command(
     run: Annotated[str | None, typer.Option(help="A run. Default: the newest.", show_default=False)] = None,
+    primary: Annotated[str | None, typer.Option(help="Where it must be better: visit_recall, or false_alarms for a release that fixes them. Default: the setting.", show_default=False)] = None,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     "Judge the newest candidate against the champion on nights that neither has seen: promote, reject, or not enough evidence."
     from deerml.app.training import find_run
-    from deerml.app.trial import gate, write_judgement_page
+    from deerml.app.trial import gate, judged_in_words, write_judgement_page
     from deerml.capture.store import Store
     with Store.open(home_at(home)) as store, progress("gate", as_json) as show:
-        judged = gate(store, find_run(store.home, run), on_progress=show)
+        judged = gate(store, find_run(store.home, run), on_progress=show, primary=primary)
         page = write_judgement_page(store, judged, store.home.reports / f"{judged.bundle.digest[:12]}.html")
-    reasons = "\n".join(f"  {reason}" for reason in judged.verdict.reasons)
-    say(as_json, f"[bold]{judged.verdict.verdict.replace('_', ' ')}[/] for {judged.bundle.digest[:12]}\n{reasons}\nSee {page}", digest=judged.bundle.digest, report=page, **judged.verdict.to_dict())
+    text = f"[bold]{judged.verdict.verdict.replace('_', ' ')}[/] for {judged.bundle.digest[:12]}\n{judged_in_words(judged)}\nSee {page}"
+    say(as_json, text, digest=judged.bundle.digest, report=page, test_version=judged.test.name if judged.test else None, calibration=judged.calibration, **judged.verdict.to_dict())
 
 # %% ../../nbs/90_app/15_cli_train.ipynb #0d0eb22f
 @command(app, "publish")

@@ -9,7 +9,7 @@ __all__ = ['PARITY_IMAGES', 'publish', 'find_release', 'deploy_release', 'roll_b
 from pathlib import Path
 
 from .training import remember
-from .trial import last_judgement
+from .trial import calibration_of, last_judgement
 from ..capture.store import Store, frames, image_path
 from ..core.clock import now, stamp
 from ..core.errors import DeermlError
@@ -36,9 +36,9 @@ def publish(
         raise DeermlError("REJECTED", f"The gate rejected {digest[:12]}.", why=found["summary"], next_step="Train another candidate: a rejected model is never let act.")
     version = open_version(home.datasets, found["dataset"]) if found["dataset"] else None
     return write_release(
-        Bundle.load(home.bundles / digest, digest), home.releases, verdict=found["verdict"], parent=found["champion"],
+        Bundle.load(home.bundles / digest, digest), home.releases, report=published_page(found | {"calibration": calibration_of(store, digest)}), verdict=found["verdict"], parent=found["champion"],
         dataset=DatasetUsed(name=version.name, manifest_sha256=version.digest, data_until=version.manifest["data_until"]) if version else None,
-        metrics=found["numbers"].get("challenger") or {}, reasons=found["reasons"], report=published_page(found),
+        metrics=found["numbers"].get("challenger") or {}, reasons=found["reasons"],
         owner_decision=OwnerDecision(reason=owner_reason, at=stamp(now())) if owner_reason else None)
 
 # %% ../../nbs/90_app/02_conductor.ipynb #fdb6189a

@@ -32,6 +32,7 @@ from ..core.clock import now, stamp
 from ..core.errors import DeermlError
 from ..core.settings import Home
 from ..data.manifest import list_versions, verify_version
+from ..judge.ledger import frozen_tests, models_judged
 from ..review.queue import tonight, undrawn_nights
 from ..ship.release import list_releases
 
@@ -61,10 +62,19 @@ def status_of(store: Store) -> State:
         "reviewed": f"{known} ({states['boxes_complete']} with an animal)" + (f", {states['disputed']} disputed" if states["disputed"] else ""),
         "dataset": versions[-1].name if versions else "none yet",
         "training": f"{runs[-1].id}, on {runs[-1].result['dataset']}" if runs else "none yet",
+        "test": _test(store),
         "release": f"{releases[-1].version}, {releases[-1].verdict.replace('_', ' ')}" if releases else "none yet",
         "champion": acting.digest[:12] if acting else "none: nothing is detected yet",
     }
     return State(str(home.path), lines, *_next(store, len(every), known, versions, runs, releases, acting))
+
+# %% ../../nbs/90_app/03_status.ipynb #3db1fc80
+def _test(store: Store) -> str:
+    "The test nights, and how worn they are"
+    if not (known := frozen_tests(store)):
+        return "none yet"
+    judged = len(models_judged(store, known[-1]))
+    return f"{known[-1].name}, {_counted(known[-1].nights, 'night', 'nights')}, has judged {judged} {'model' if judged == 1 else 'models'}"
 
 # %% ../../nbs/90_app/03_status.ipynb #43639f81
 def _counted(things: Collection, one: str, many: str) -> str:

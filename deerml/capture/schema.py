@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['metadata', 'meta', 'camera', 'image', 'frame', 'sighting', 'exposure', 'feature', 'inference', 'detection', 'model',
            'judgement', 'review_event', 'draw', 'draw_stratum', 'draw_window', 'night_split', 'image_night',
-           'wal_is_safe', 'open_engine', 'copy_sqlite', 'revision_of', 'migrate']
+           'test_version', 'test_use', 'wal_is_safe', 'open_engine', 'copy_sqlite', 'revision_of', 'migrate']
 
 # %% ../../nbs/20_capture/01_schema.ipynb #3bf263f4
 import sqlite3
@@ -89,6 +89,12 @@ draw_window = sa.Table(
 )
 night_split = sa.Table("night_split", metadata, _text("night_key", primary_key=True), _refers("camera", "camera.id", kind=sa.Text), _text("night"), _text("split"), _text("assigned_at"))
 image_night = sa.Table("image_night", metadata, _refers("image", "image.sha256", kind=sa.Text, primary_key=True), _text("night_key"))
+
+# %% ../../nbs/20_capture/01_schema.ipynb #3c716314
+test_version = sa.Table("test_version", metadata, _id(), _text("name", unique=True), _text("parent", null=True), _text("nights"), _whole("frames"), _text("digest"), _text("made_at"))
+test_use = sa.Table(
+    "test_use", metadata, _id(), _refers("version_id", "test_version.id", index=True), _text("challenger"), _text("champion", null=True), _refers("judgement_id", "judgement.id"), _text("made_at"),
+)
 
 # %% ../../nbs/20_capture/01_schema.ipynb #281946df
 def wal_is_safe(version: tuple[int, ...]) -> bool:

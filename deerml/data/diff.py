@@ -141,7 +141,8 @@ def _sentences(diff: Diff) -> list[str]:
             words.append(f"{_count(len(entries), 'frame')} {what}: {len(entries) - empty:,} with an animal, {_count(empty, 'negative')}.")
     for nights, what in ((diff.nights_added, "more"), (diff.nights_removed, "fewer")):
         if nights:
-            words.append(f"{_count(len(nights), f'night {what}', f'nights {what}')}, from {min(map(_night, nights))} to {max(map(_night, nights))}.")
+            first, last = min(map(_night, nights)), max(map(_night, nights))
+            words.append(f"{_count(len(nights), f'night {what}', f'nights {what}')}, {first if first == last else f'from {first} to {last}'}.")
     if diff.changed:
         boxes = {name: sum(getattr(one, name) for one in diff.changed) for name in ("added", "removed", "adjusted", "relabelled")}
         words.append(f"{_count(len(diff.changed), 'frame')} with other labels: boxes {', '.join(f'{number:,} {name}' for name, number in boxes.items() if number)}.")

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['BADGES', 'STAGES', 'curve_svg', 'curve_of', 'Side', 'report_html', 'write_report', 'curves_to_keep', 'verdict_of',
-           'published_page']
+           'expecting', 'published_page']
 
 # %% ../../nbs/60_judge/20_report.ipynb #5ce3fbcd
 import base64
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import date, datetime
 from importlib.resources import files
 from pathlib import Path
@@ -24,7 +24,7 @@ from ..core.durable import write_file
 from .compare import Contestant, plural
 from .evidence import Evidence
 from .exhibits import Exhibit
-from .gate import Verdict
+from .gate import Verdict, plain
 from .metrics import Curve, boxes_by_class, precision_recall, rank
 
 # %% ../../nbs/60_judge/20_report.ipynb #dbc8cbab
@@ -281,7 +281,7 @@ def report_html(
     numbers, at = verdict.numbers, made_at or now()
     pairs = numbers.get("pairs") or {}
     curve = curve_svg((champion.name, champion.curve) if champion and champion.curve else None, (challenger.name, challenger.curve)) if challenger.curve else ""
-    sentence = verdict.summary.partition(": ")[2]
+    sentence = verdict.summary.partition(": ")[2].partition(" By your prices")[0]  # the prices have a place of their own below
     strip = _strip(pairs) if pairs else []
     hint = "Below each figure its 95 % bounds." + (" A change is coloured only where it is more than chance." if pairs else "")
     return _render(
@@ -319,12 +319,20 @@ def verdict_of(record: Mapping[str, Any]) -> Verdict:
     sequences = {name: tuple(known[name]) for name in ("reasons", "warnings", "caps")}
     return Verdict(**known | sequences | {"when": date.fromisoformat(known["when"]) if known["when"] else None})
 
+# %% ../../nbs/60_judge/20_report.ipynb #e8b1700a
+def expecting(
+    verdict: Verdict,
+    calibration: Mapping[str, Any] | None,  # how the thresholds were found and what is expected of them; none: not known
+) -> Verdict:
+    "The verdict with what was expected before it, for a page"
+    return replace(verdict, numbers=verdict.numbers | {"calibration": plain(calibration)}) if calibration else verdict
+
 # %% ../../nbs/60_judge/20_report.ipynb #e8b17008
 def published_page(
-    record: Mapping[str, Any],  # a judgement: the verdict's `to_dict`, with `made_at`, `challenger`, `champion`, `dataset` and perhaps `curves`
+    record: Mapping[str, Any],  # a judgement: the verdict's `to_dict`, with `made_at`, `challenger`, `champion`, `dataset`, and perhaps `curves` and `calibration`
 ) -> bytes:  # HTML without a frame
     "The report that may leave the house"
     kept = {name: Curve(np.array(one["recall"]), np.array(one["precision"]), one["ap"], one["ap50"]) for name, one in (record.get("curves") or {}).items()}
     notes = {"challenger": f"{record['challenger'][:12]}, trained on {record.get('dataset') or 'data nobody knows'}.", "champion": f"{(record['champion'] or '')[:12]}."}
     sides = {name: Side(name, kept.get(name), note) for name, note in notes.items() if record[name]}
-    return report_html(verdict_of(record), sides["challenger"], sides.get("champion"), (), f"Judgement of {record['challenger'][:12]}", parse_time(record["made_at"])).encode()
+    return report_html(expecting(verdict_of(record), record.get("calibration")), sides["challenger"], sides.get("champion"), (), f"Judgement of {record['challenger'][:12]}", parse_time(record["made_at"])).encode()
