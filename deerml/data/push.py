@@ -168,8 +168,8 @@ def _parcels(made: Iterator[tuple[Copied, bytes]], folder: Path) -> Iterator[_Pa
 def _parcel(copies: Sequence[Copied], content: Mapping[str, bytes], folder: Path) -> _Parcel:
     data = write_pack(content)
     pack = Pack(digest=sha256_bytes(data), size=len(data), images=sorted(content))
-    write_file(folder / f"{pack.digest}.tar", data, sync_folder=False)
-    return _Parcel(pack, folder / f"{pack.digest}.tar", tuple(copies))
+    write_file(folder / f"{pack.digest}.tar.gz", data, sync_folder=False)
+    return _Parcel(pack, folder / f"{pack.digest}.tar.gz", tuple(copies))
 
 # %% ../../nbs/40_data/27_push.ipynb #39b4e5ff
 def _copies(plan: Plan, side: int, on_progress: Progress | None) -> Iterator[tuple[Copied, bytes]]:
@@ -195,7 +195,7 @@ def _small_again(store: Store, remote: Remote, packs: Sequence[Pack], wanted: se
     "The copies in small packs that are still wanted, read back from the remote"
     known = {row["outgoing"]: Copied(row["image"], row["outgoing"], row["how"]) for row in left(store.home)}
     for pack in packs:
-        path = folder / "read.tar"
+        path = folder / "read.tar.gz"
         remote.get_to(pack_name(pack.digest), path)
         yield from ((known[name], data) for name, data in sorted(read_pack(path, pack).items()) if name in wanted and name in known)
 
