@@ -144,7 +144,7 @@ def pydrive2(before: dict, after: dict) -> tuple[int, int] | None:  # requests, 
     auth._build_http = lambda: server
     auth.credentials = type("Credentials", (), {"access_token_expired": False, "authorize": lambda self, http: http, "access_token": "x"})()
     drive = GoogleDrive(auth)
-    there = {(folder, one["title"]): one["id"] for folder in names for one in drive.ListFile({"q": f"'{folder}' in parents and trashed=false", "maxResults": PAGE}).GetList()}
+    there = {(folder, one["title"]): one["id"] for folder in names for one in drive.ListFile({"q": f"'{folder}' in parents and trashed=false"}).GetList()}
     with tempfile.TemporaryDirectory() as scratch:
         for name, size in to_send(before, after).items():
             path = Path(scratch) / "file"
@@ -166,7 +166,7 @@ def s3_requests(store: Store) -> tuple[int, str]:
         import s3fs
         from moto.server import ThreadedMotoServer
 
-        from deerml.data.bucket import BucketRemote
+        from deerml.data.bucket import FsspecRemote
     except ImportError as error:
         return -1, f"not counted: {error}"
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -175,7 +175,7 @@ def s3_requests(store: Store) -> tuple[int, str]:
     host, port = server.get_host_and_port()
     os.environ.update(AWS_ACCESS_KEY_ID="x", AWS_SECRET_ACCESS_KEY="x", AWS_DEFAULT_REGION="us-east-1", AWS_ENDPOINT_URL=f"http://{host}:{port}")
     s3fs.S3FileSystem().mkdir("yard")
-    remote, counts = BucketRemote("s3://yard/deerml"), []
+    remote, counts = FsspecRemote("s3://yard/deerml"), []
     push_dataset(store, remote, "v0001")
     original = s3fs.S3FileSystem._call_s3
 

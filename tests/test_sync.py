@@ -27,7 +27,7 @@ from deerml.core.errors import DeermlError
 from deerml.core.settings import Home
 from deerml.data import push as pushing
 from deerml.data import shelf as shelf_module
-from deerml.data.bucket import BucketRemote
+from deerml.data.bucket import FsspecRemote
 from deerml.data.custody import sync_status, verify_remote, what_left
 from deerml.data.manifest import open_version, verify_version
 from deerml.data.packs import make_review_pack
@@ -38,6 +38,7 @@ from deerml.data.remote import FolderRemote
 from deerml.data.shelf import POINTER, Pack, read_pack, read_shelf, step_name
 from deerml.data.split import split_of, splits
 from deerml.data.version import freeze
+from deerml.model.bundle import Thresholds, seal, spot_draft, spot_model
 from deerml.model.detector import Detection, decode
 from deerml.train.copies import copy_material, read_material
 from yards import AFTER, SPOT, START, picture, yard
@@ -268,6 +269,17 @@ def test_people_are_withheld_or_blurred_and_a_stricter_policy_replaces_the_copy(
         assert part.std() < 0.5 * decode(old)[25:75, 114:136].std()
     house.set(people="withhold", people_bundle="", people_hours=["gate"])
     assert house.push(dry_run=True, allow_removal=True).withheld == {HOURS: before.images}
+
+
+def test_the_bundle_for_people_looks_before_anything_leaves(house):
+    path = house.path / "model.onnx"
+    path.write_bytes(spot_model(["person"]))
+    bundle = seal(path, spot_draft(["person"]), Thresholds(shared={"person": 0.5}), "none", house.store.home.bundles)
+    house.set(people="withhold", people_bundle=bundle.digest)
+    assert set(house.push(dry_run=True).withheld) == {UNLOOKED}
+    counts = open_version(house.store.home.datasets).manifest["counts"]
+    done = house.push()  # the bundle takes each bright rectangle for a person
+    assert done.withheld == {PEOPLE: counts["train"]["animals"] + counts["val"]["animals"]} and done.new == counts["train"]["empty"] + counts["val"]["empty"] > 0
 
 
 def test_a_blur_that_hides_the_animal_withholds_the_photograph(house):
@@ -593,7 +605,7 @@ def cycle(house: House, remote) -> None:
 
 def test_a_bucket_in_memory(house):
     pytest.importorskip("fsspec")
-    cycle(house, BucketRemote(f"memory://{house.path.parent.name}/deerml"))
+    cycle(house, FsspecRemote(f"memory://{house.path.parent.name}/deerml"))
 
 
 @pytest.fixture(scope="module")
@@ -616,13 +628,13 @@ def s3():
 
 
 def test_a_bucket_of_s3(house, s3):
-    cycle(house, BucketRemote(s3))
+    cycle(house, FsspecRemote(s3))
 
 
 def test_a_bucket_that_does_not_exist_or_does_not_answer(house, s3):
-    nowhere = BucketRemote("s3://no-such-bucket/deerml")
+    nowhere = FsspecRemote("s3://no-such-bucket/deerml")
     assert code_of(lambda: nowhere.put("x", b"y")) == "NO_REMOTE"
-    silent = BucketRemote(s3, endpoint_url="http://127.0.0.1:9", config_kwargs={"retries": {"max_attempts": 0}, "connect_timeout": 1})
+    silent = FsspecRemote(s3, endpoint_url="http://127.0.0.1:9", config_kwargs={"retries": {"max_attempts": 0}, "connect_timeout": 1})
     assert code_of(lambda: silent.get("x")) == "NO_REMOTE"
 
 
@@ -631,4 +643,4 @@ def test_a_client_that_is_missing_says_what_to_install(monkeypatch):
     real = builtins.__import__
     monkeypatch.setattr(builtins, "__import__", lambda name, *rest, **more: (_ for _ in ()).throw(ImportError(f"No module named {name!r}")) if name == "fsspec" else real(name, *rest, **more))
     with pytest.raises(DeermlError, match=r"deerml\[gcs\]"):
-        BucketRemote("gs://yard/deerml")
+        FsspecRemote("gs://yard/deerml")

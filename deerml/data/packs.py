@@ -6,8 +6,8 @@
 __all__ = ['SCHEMA_VERSION', 'PREFIX', 'NEWEST', 'MAX_IMAGE_BYTES', 'MAX_CONTENT_BYTES', 'MAX_FRAMES', 'CARRIED', 'Progress',
            'Digest', 'Short', 'RowId', 'Share', 'SHARED_FILE_SYSTEMS', 'PackDetection', 'PackFrame', 'PackCamera',
            'PackStratum', 'PackWindow', 'PackDraw', 'ReviewContent', 'waiting_windows', 'ReviewPack',
-           'make_review_pack', 'allowed_remote', 'push_review_pack', 'read_review_pack', 'refuse_shared_folder',
-           'open_review_pack', 'PackOrigin', 'pack_of', 'open_newest_review']
+           'make_review_pack', 'frames_of_windows', 'allowed_remote', 'push_review_pack', 'read_review_pack',
+           'refuse_shared_folder', 'open_review_pack', 'PackOrigin', 'pack_of', 'open_newest_review']
 
 # %% ../../nbs/40_data/10_packs.ipynb #52e0efb6
 import io
@@ -180,7 +180,7 @@ def make_review_pack(
     on_progress: Progress | None = None,
 ) -> ReviewPack:
     "A pack of the frames of these windows that may leave. Nothing leaves yet. Raises `PEOPLE_UNKNOWN`."
-    found = _frames_of(store, windows)
+    found = frames_of_windows(store, windows)
     allowed = departures(store, found)
     withheld = tuple((frame.id, allowed[frame.id].why_not) for frame in found if allowed[frame.id].why_not)
     chosen = [frame for frame in found if not allowed[frame.id].why_not]
@@ -202,7 +202,7 @@ def make_review_pack(
     return ReviewPack(content, packed, listed, tuple(left_out), withheld)
 
 # %% ../../nbs/40_data/10_packs.ipynb #6e0b8c4b
-def _frames_of(store: Store, windows: Sequence[Window]) -> list[Frame]:
+def frames_of_windows(store: Store, windows: Sequence[Window]) -> list[Frame]:
     "Frames of these windows that still have bytes, window by window in order of time"
     found: dict[Window, list[Frame]] = defaultdict(list)
     for start in range(0, len(windows), 200):  # SQLite bounds the parameters of one statement

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..capture import schema
-from ..capture.store import Store, among, frames
+from ..capture.store import Frame, Store, among, frames
 from ..core.box import Box
 from ..core.clock import now, stamp
 from ..core.durable import canonical_json, folder_lock, sha256_bytes, write_file
@@ -24,7 +24,7 @@ from ..core.errors import DeermlError
 from ..core.settings import Home
 from .bucket import open_remote
 from .manifest import DatasetVersion, open_version
-from .privacy import Copied, Departure, check_policy, copy_size, departures, left, manner, outgoing_copy, record_leaving
+from .privacy import Copied, Departure, check_policy, copy_size, departures, left, look_for_people, manner, outgoing_copy, record_leaving
 from .remote import Remote
 from .shelf import PACK_BYTES, POINTER, Labels, Pack, Shelf, Step, content_hash, pack_name, read_pack, read_shelf, step_bytes, step_name, write_pack
 from .split import nights_of_images, splits
@@ -112,18 +112,23 @@ def plan_push(
     wanted = tuple(one for one in every if not allowed[one.image].why_not)
     side, on_shelf = store.home.settings.leave_side, before.pack_of if before else {}
     rows = [row for row in left(store.home) if row["place"] == place and row["outgoing"] in on_shelf]
-    copies = {(row["image"], row["how"]): row["outgoing"] for row in rows}
+    copies = {(row["image"], row.get("how")): row["outgoing"] for row in rows}
     here = {one.image: copy for one in wanted if (copy := copies.get((one.image, manner(allowed[one.image].blurred, side))))}
     new = tuple((one, allowed[one.image]) for one in wanted if one.image not in here)
-    stay = set(here.values()) | {row["outgoing"] for row in rows if row["image"] in {one.image for one, _ in new}}
+    anew = {one.image for one, _ in new}
+    stay = set(here.values()) | {row["outgoing"] for row in rows if row["image"] in anew}
     dropped = tuple(sorted(set(before.labels) - stay)) if before else ()
     withheld = Counter(allowed[one.image].why_not for one in every if allowed[one.image].why_not)
     return Plan(version, before, here, new, wanted, dict(withheld), dropped)
 
 
+def _frames_of(store: Store, every: Sequence[Wanted]) -> list[Frame]:
+    return [frame for condition in among(schema.frame.c.image, [one.image for one in every]) for frame in frames(store, condition)]
+
+
 def _allowed(store: Store, every: Sequence[Wanted]) -> dict[str, Departure]:
     "The policy's answer for each image"
-    found = [frame for condition in among(schema.frame.c.image, [one.image for one in every]) for frame in frames(store, condition)]
+    found = _frames_of(store, every)
     boxes = {one.image: [box for _, box in one.boxes] for one in every}
     answers = departures(store, found, {frame.id: boxes[frame.image] for frame in found})
     return {frame.image: answers[frame.id] for frame in found}
@@ -193,7 +198,7 @@ def _small(before: Shelf | None) -> list[Pack]:
 
 def _small_again(store: Store, remote: Remote, packs: Sequence[Pack], wanted: set[str], folder: Path) -> Iterator[tuple[Copied, bytes]]:
     "The copies in small packs that are still wanted, read back from the remote"
-    known = {row["outgoing"]: Copied(row["image"], row["outgoing"], row["how"]) for row in left(store.home)}
+    known = {row["outgoing"]: Copied(row["image"], row["outgoing"], row.get("how", "")) for row in left(store.home)}
     for pack in packs:
         path = folder / "read.tar.gz"
         remote.get_to(pack_name(pack.digest), path)
@@ -258,6 +263,8 @@ def push_dataset(
     remote, version = remote or allowed, open_version(store.home.datasets, name)
     folder = sync_folder(store.home, remote.place)
     with folder_lock(folder):
+        if not dry_run:
+            look_for_people(store, _frames_of(store, training_images(version)), on_progress)
         plan = plan_push(store, version, None if afresh else known_shelf(remote, folder), remote.place)
         if plan.share_dropped > MOST_REMOVED and not allow_removal:
             raise _many_removed(plan)

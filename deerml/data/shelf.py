@@ -15,6 +15,7 @@ import tarfile
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -129,7 +130,7 @@ class Shelf:
     def digest(self) -> str:
         return self.chain[-1]
 
-    @property
+    @cached_property
     def pack_of(self) -> dict[str, str]:
         "The pack of each photograph; of several the newest"
         return {image: pack.digest for pack in self.packs.values() for image in pack.images}

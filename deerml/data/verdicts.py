@@ -27,7 +27,8 @@ from ..core.clock import now, parse_time, stamp
 from ..core.durable import canonical_json, sha256_bytes
 from ..core.errors import DeermlError
 from ..core.settings import Home
-from .packs import Progress, allowed_remote, make_review_pack, open_newest_review, pack_of, push_review_pack, waiting_windows
+from .packs import Progress, allowed_remote, frames_of_windows, make_review_pack, open_newest_review, pack_of, push_review_pack, waiting_windows
+from .privacy import look_for_people
 from .remote import FolderRemote, Remote
 from ..model.bundle import Bundle
 from ..review.queue import close_due, follow
@@ -409,6 +410,8 @@ def sync_review(
     windows = waiting_windows(store)
     if not windows:
         return ReviewSync(merged, 0, 0, 0, None)
+    if not dry_run:
+        look_for_people(store, frames_of_windows(store, windows), on_progress)
     pack = make_review_pack(store, windows, bundle, on_progress)
     if not dry_run:
         push_review_pack(store, pack, remote)
