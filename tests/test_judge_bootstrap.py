@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.bootstrap import generate, measure
+from benchmarks.gate import generate, measure, measure_plain, printed
 from deerml.judge.bootstrap import (
     alarm_gain,
     clopper_pearson,
@@ -12,8 +12,9 @@ from deerml.judge.bootstrap import (
     recall_gain,
     swap_test,
 )
-from deerml.judge.evidence import Thresholds, practice_evidence, practice_predictions, sample_of
-from deerml.judge.metrics import decide, peaks_of
+from deerml.judge.compare import Answers, compare_on
+from deerml.judge.evidence import Sample, Thresholds, practice_evidence, practice_predictions, sample_of
+from deerml.judge.metrics import Decisions, decide, peaks_of
 
 AT_HALF = Thresholds({"deer": 0.5})
 
@@ -78,8 +79,27 @@ def test_swapped_models_mirror_the_intervals():
     assert np.allclose([one.estimate, one.lower, one.upper], [-other.estimate, -other.upper, -other.lower])
 
 
+@pytest.mark.parametrize("silent_weight, seen_as_worse", [(1.0, True), (30.0, False)])
+def test_what_only_the_champion_does_proves_little_while_the_rest_is_hardly_drawn(silent_weight, seen_as_worse):
+    "Six visits of 80 lost and none won; six false alarms gone and none new. Where the champion was silent one window in 30 is drawn."
+    weights, units = np.append(np.ones(100), np.full(20, silent_weight)), np.arange(120)
+    sample = Sample("drawn", weights, np.ones(80), units, units[:80], units, 120, 100.0, frozenset({("gate", "1")}), 0, 0)
+    champion, challenger = (Decisions(np.arange(80) >= lost, (units >= 80) & (units < 80 + alarms)) for lost, alarms in ((0, 6), (6, 0)))
+    found = compare_on(sample, {}, *(Answers(one, np.zeros((0, 0, 2)), ()) for one in (champion, challenger)), draws=400)
+    assert (found.recall_loss_p <= 0.05) == (found.alarm_gain_p <= 0.05) == seen_as_worse
+    assert found.recall_gain_p > 0.9 and found.alarm_loss_p > 0.9
+
+
 def test_the_benchmark_agrees_with_pycocotools():
     pytest.importorskip("pycocotools")
     rows = measure(images=60, draws=20, peer_draws=1, repeats=1)
     assert all(float(row["note"].rsplit(" ", 1)[1]) <= 1e-12 for row in rows)
     assert len(generate(60)[0]["images"]) == 60
+
+
+def test_the_benchmark_has_a_row_for_every_peer_installed_or_not():
+    pytest.importorskip("pycocotools")
+    rows = measure_plain(40, repeats=1)
+    assert [row["peer_name"] for row in rows] == ["pycocotools", "faster-coco-eval", "hotcoco"] and all(row["ok"] for row in rows)
+    assert rows[0]["peer"] > 0 and all((row["peer"] is None) == (row["note"] == "not installed") for row in rows)
+    assert all(row["peer_name"] in printed(row) for row in rows)

@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks.bootstrap import generate, pycocotools_summary, resampled
+from benchmarks.gate import generate, pycocotools_summary, resampled
 from deerml.judge.metrics import average_precision, coco_summary, from_coco, rank
 
 pytest.importorskip("pycocotools")
@@ -52,6 +52,26 @@ def test_generated_data(classes, crowd, decimals):
 @pytest.mark.parametrize("seed", range(20))
 def test_much_generated_data(seed):
     assert_equal(*generate(300, 1 + seed % 4, seed=seed, crowd=0.1 * (seed % 3), decimals=(None, 3, 1)[seed % 3], empty=(0.2, 0.9)[seed % 2]))
+
+
+@pytest.mark.parametrize("decimals", [None, 1])
+def test_everything_awkward_at_once(decimals):
+    "Groups, truth outside the sizes, `ignore` marks, most images empty, equal scores, a class without truth and one without detections"
+    truth, results = generate(120, 4, seed=21, crowd=0.15, decimals=decimals, empty=0.7)
+    rng = np.random.default_rng(0)
+    for annotation in truth["annotations"]:
+        annotation["ignore"] = int(rng.random() < 0.3)
+        annotation["area"] = float(rng.choice([0.0, 32.0**2, 96.0**2, annotation["area"]]))
+    truth["annotations"] = [annotation for annotation in truth["annotations"] if annotation["category_id"] != 2]
+    results = [result for result in results if result["category_id"] != 3]
+    assert sum(annotation["iscrowd"] for annotation in truth["annotations"]) > 5
+    assert_equal(truth, results)
+
+
+@pytest.mark.parametrize("score", [0.5, 0.0, 1.0])
+def test_all_scores_equal(score):
+    truth, results = generate(40, 2, seed=6, crowd=0.1)
+    assert_equal(truth, [{**result, "score": score} for result in results])
 
 
 def test_absent_class_and_no_detections_of_a_class():

@@ -84,7 +84,7 @@ def test_house_keeping(home):
     assert not run("verify", "--home", home, code=1)["whole"]
 
 
-def test_gate_publish_deploy_and_back(home):
+def test_gate_publish_deploy_and_back(home, monkeypatch):
     again = run("gate", "--run", "second", "--home", home)
     assert Path(again["report"]).is_file()
     assert again["test_version"].startswith("test-v") and again["calibration"]["calibration"] in ("drawn", "provisional")
@@ -93,6 +93,9 @@ def test_gate_publish_deploy_and_back(home):
     if again["verdict"] == "reject":
         assert run("publish", "--reason", "I like it", "--home", home, code=1)["error"]["code"] == "REJECTED"
         return
+    if before != again["digest"]:  # the owner's wish is not enough
+        assert run("publish", again["digest"][:12], "--reason", "a test", "--home", home, code=1)["error"]["code"] == "NO_REPLAY"
+    monkeypatch.setattr("deerml.app.conductor.accepting_replay", lambda *_: 7)  # as after a replay without regression, see test_replay.py
     released = run("publish", again["digest"][:12], "--reason", "a test", "--home", home)
     done = run("deploy", released["version"], "--now", "--home", home)
     assert done["slot"] == "current" and Bundle.load((home / "models/current").resolve()).digest == again["digest"]
@@ -107,7 +110,7 @@ def test_adopting_a_checkpoint(home):
     assert any("which nights the champion trained on" in sentence for sentence in judged["warnings"]), judged["warnings"]
 
 
-@pytest.mark.parametrize("words", [(name,) for name in ("init", "import", "prepare", "train", "gate", "publish", "deploy", "rollback", "adopt", "doctor", "backup", "restore", "verify", "demo")] + [()])
+@pytest.mark.parametrize("words", [(name,) for name in ("init", "import", "prepare", "train", "gate", "case", "publish", "deploy", "rollback", "adopt", "doctor", "backup", "restore", "verify", "demo")] + [()])
 def test_every_command_explains_itself(words):
     result = CliRunner().invoke(app, [*words, "--help"])
     assert result.exit_code == 0 and "--help" in result.stdout and len(result.stdout) > 200

@@ -26,6 +26,18 @@ MUTANTS = {  # name: (file, what stands there, what the mutant has, the test tha
     "the gate swaps the channels": (
         "judge/collect.py", "found = detector.batch(pictures)", "found = detector.batch([pixels[:, :, ::-1].copy() for pixels in pictures])",
         "test_what_is_judged_is_what_serves"),
+    "the gate reads the point estimate": (
+        "judge/gate.py", "holds = change.lower > -settings.recall_margin", "holds = change.estimate > -settings.recall_margin",
+        "test_a_point_estimate_never_promotes"),
+    "the gate asks for no proof of a gain": (
+        "judge/gate.py", "holds = estimate > 0 and p <= settings.alpha", "holds = estimate > 0",
+        "test_a_point_estimate_never_promotes"),
+    "the bootstrap resamples frames": (
+        "judge/bootstrap.py", "weights = row[sample.frame_unit].astype(float)", "weights = multiplicities(len(sample.frame_unit), 1, draw)[0].astype(float)",
+        "test_what_belongs_to_one_visit_is_resampled_together"),
+    "the weights are ignored": (
+        "judge/evidence.py", "visit_weight=weight if known else", "visit_weight=(weight > 0).astype(float) if known else",
+        "test_a_window_that_stands_for_ten_counts_ten_times"),
     "the row is committed before the file is durable": (
         "capture/store.py", "    write_images(store.home.images, frames, headers, hashes)\n    return list(insert_rows(store, frames, headers, hashes).ids)",
         "    ids = list(insert_rows(store, frames, headers, hashes).ids)\n    write_images(store.home.images, frames, headers, hashes)\n    return ids",
@@ -35,6 +47,10 @@ MUTANTS = {  # name: (file, what stands there, what the mutant has, the test tha
         "test_a_row_is_committed_only_after_its_file_is_durable"),
     "the digest of a bundle is not checked": (
         "model/bundle.py", "if (found := sha256_bytes(data)) != expected:", "if (found := sha256_bytes(data)) == 0:", "test_a_flipped_byte_in_a_bundle"),
+    "a training night is counted in replay": (
+        "judge/replay.py", "counted = tuple(sorted(there.keys() & may.keys()))", "counted = tuple(sorted(there))", "test_a_replay_counts_no_night"),
+    "replay shows the reviewer which model spoke": (
+        "review/items.py", "is_blind = (of_strip[0].camera, of_strip[0].window) in blind.windows", "is_blind = False", "test_a_replay_does_not_tell"),
 }
 
 

@@ -20,10 +20,13 @@ from deerml.capture.truth import BoxVerdict, FrameStatement, Undo, complete_trut
 from deerml.core.errors import DeermlError
 from deerml.core.settings import Home
 from deerml.data.version import freeze
-from deerml.judge.collect import evidence_of
+from deerml.judge.cases import add_case, list_cases
+from deerml.judge.collect import Origin, evidence_of
 from deerml.judge.ledger import freeze_test, log_use, models_judged
+from deerml.judge.replay import make_replay
+from deerml.judge.replayed import result_of
 from deerml.review.queue import close_night, drawn_windows
-from yards import AFTER, SPOT, START, picture, yard
+from yards import AFTER, SPOT, START, picture, replay_yard, say_what_is_there, spot_bundle, yard
 
 ACCOUNT = "postgres"  # the server refuses to run as root, so then it runs as this user, who comes with the package
 
@@ -157,6 +160,19 @@ def test_truth_is_the_fold_of_what_was_said(tmp_path, url):
         assert complete_truths(store, ["deer"]).keys() == {ids[0]}
         with pytest.raises(DeermlError, match="nothing to undo"):
             record(store, "ann", [Undo(ids[2], "never said")])
+
+
+def test_a_replay_and_a_case_are_kept_and_cannot_be_changed(tmp_path, url):
+    with replay_yard(tmp_path / "yard", database_url=url) as store:
+        champion, challenger = spot_bundle(store, 0.8), spot_bundle(store)
+        replay = make_replay(store, champion, challenger, [Origin(champion.digest), Origin(challenger.digest)], "2026-08-30..2026-09-30", AFTER)
+        say_what_is_there(store)
+        add_case(store, 1, "the first")
+        assert replay.strata["differs"][0] == result_of(store, replay).pairs.found_by_challenger > 0 and [case.note for case in list_cases(store)] == ["the first"]
+        for table in (schema.replay, schema.replay_stratum, schema.replay_window, schema.case_event):
+            for change in (sa.delete(table), sa.update(table).values({table.primary_key.columns[0].name: 99})):
+                with pytest.raises(sa.exc.DBAPIError, match="append-only"), store.write() as connection:
+                    connection.execute(change)
 
 
 def test_draw_freeze_and_verify(tmp_path, url):

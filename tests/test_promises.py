@@ -5,6 +5,7 @@
 import os
 import sqlite3
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,14 +14,21 @@ import sqlalchemy as sa
 from deerml.capture.backup import verify
 from deerml.capture.store import NewFrame, Store, add_frames, frames, frames_by_id, image_bytes
 from deerml.capture.truth import BoxVerdict, CompleteTruth, FrameStatement, record, truths
+from deerml.core.box import Box
 from deerml.core.errors import DeermlError
 from deerml.core.settings import Home
-from deerml.data.split import splits
+from deerml.data.split import assign_nights, splits
 from deerml.data.version import Sample, freeze, samples_of
-from deerml.judge.collect import look
+from deerml.judge.collect import Origin, look
+from deerml.judge.compare import Contestant, answers_of, compare
+from deerml.judge.evidence import Evidence, JudgedFrame, Mark, Visit
+from deerml.judge.evidence import Thresholds as GateThresholds
+from deerml.judge.gate import GateSettings, judge
+from deerml.judge.replay import make_replay
 from deerml.model.bundle import Bundle, Thresholds, seal, spot_draft, spot_model
 from deerml.model.detector import Detector, decode
-from yards import AFTER, SPOT, START, picture, yard
+from deerml.review.items import View, build_item, item_name, plan_review
+from yards import AFTER, SPOT, START, picture, replay_yard, spot_bundle, yard
 
 
 def test_an_unreviewed_frame_never_becomes_a_label(tmp_path):
@@ -186,6 +194,33 @@ def test_a_flipped_byte_in_a_bundle_is_refused_before_it_is_parsed(tmp_path):
     assert Bundle.load(bundle.path).digest == bundle.digest
 
 
+def two_models(store: Store) -> tuple[Bundle, Bundle]:
+    "The second does not act on what is pale"
+    return spot_bundle(store), spot_bundle(store, 0.8)
+
+
+def test_a_replay_counts_no_night_that_a_model_was_trained_on(tmp_path):
+    with replay_yard(tmp_path / "yard", nights=4) as store:
+        pair = two_models(store)
+        assign_nights(store)
+        taught = {night for night, split in splits(store).items() if split != "test"} - {"gate/2026-09-04"}
+        known = [Origin(pair[0].digest), Origin(pair[1].digest, frozenset(taught))]
+        replay = make_replay(store, *pair, known, "2026-08-30..2026-09-30", AFTER)
+        shown = {f"{window.camera}/{window.window[:10]}" for window in replay.windows}
+        assert len(taught) >= 2 and "gate/2026-09-04" in shown and not shown & taught and set(replay.record["seen"]) == taught
+
+
+def test_a_replay_does_not_tell_which_model_spoke(tmp_path):
+    with replay_yard(tmp_path / "yard", nights=2) as store:
+        pair, pages = two_models(store), []
+        for champion, challenger in (pair, pair[::-1]):
+            make_replay(store, champion, challenger, [Origin(champion.digest), Origin(challenger.digest)], "2026-08-30..2026-09-30", AFTER)
+            view = View(store, "ann", champion)
+            pages.append(sorted((build_item(view, item_name(name)) for name in plan_review(view, "strip", "replay").items), key=lambda item: item["id"]))
+        boxes = [box for item in pages[0] for frame in item["frames"] for box in frame["boxes"]]
+        assert pages[0] == pages[1] and boxes and {(box["score"], box["kind"]) for box in boxes} == {(None, "suggestion")}
+
+
 def test_serving_loads_no_torch():
     import subprocess
     code = "import sys, deerml.model.detector; sys.exit(bool({'torch', 'ultralytics', 'pickle5'} & set(sys.modules)))"
@@ -197,3 +232,60 @@ def test_the_yard_of_these_tests_has_what_it_says(tmp_path):
         known = truths(store, ["deer"], [frame.id for frame in frames(store)])
         assert [truth.state(["deer"]) for truth in known.values()] == ["boxes_complete"] * 2 + ["verified_empty"] * 2 + ["in_progress", "unreviewed"]
         assert known[1].of["deer"].boxes == (SPOT,)
+
+
+# -- 6: a point estimate never promotes ---------------------------------------------------------------------------
+
+
+def judged_yard(visits: int, windows_each: int = 1, p: float = 1.0, empty: int = 120) -> Evidence:
+    "So many visits, each with one frame in each of its windows, and empty windows, one camera"
+    frames = [(visit, step) for visit in range(visits) for step in range(windows_each)] + [(visits + place, 0) for place in range(empty)]
+    judged = tuple(JudgedFrame(place, "gate", f"{block // 10:03d}", f"{block:04d}.{step}", "day", p, "drawn", (Mark("deer", SPOT),) if block < visits else (), (160, 96))
+                   for place, (block, step) in enumerate(frames))
+    found = tuple(Visit(f"{visit}", "gate", f"{visit // 10:03d}", tuple(range(visit * windows_each, (visit + 1) * windows_each)), tuple(f"{visit:04d}.{step}" for step in range(windows_each)))
+                  for visit in range(visits))
+    return Evidence(judged, found, {("gate", f"{night:03d}"): 10.0 for night in range((visits + empty) // 10 + 1)}, ("deer",))
+
+
+def contestant(evidence: Evidence, missed: set[int], false: set[int] = frozenset()) -> Contestant:
+    "A model that misses these visits, and puts a box beside the animal, or where there is none, in the frames of these windows"
+    visit = {frame: number for number, one in enumerate(evidence.visits) for frame in one.frame_ids}
+    seen = {}
+    for frame in evidence.frames:
+        block = int(frame.window[:4])
+        seen[frame.frame_id] = [Mark("deer", SPOT, 0.9)] * (frame.frame_id in visit and block not in missed) + [Mark("deer", Box(110, 5, 30, 20), 0.8)] * (block in false)
+    return Contestant(seen, GateThresholds({"deer": 0.5}))
+
+
+@pytest.mark.parametrize("visits, won, lost", [(240, 2, 0), (60, 10, 2)])
+def test_a_point_estimate_never_promotes(visits, won, lost):
+    "Two visits more of 240 may be luck; and ten more, for two lost of 60, may hide a loss beyond the margin"
+    evidence = judged_yard(visits)
+    models = contestant(evidence, set(range(won))), contestant(evidence, set(range(won, won + lost)))
+    verdict = judge(evidence, *models, GateSettings(draws=300))
+    assert verdict.numbers["recall_bootstrap"]["estimate"] > 0 and verdict.verdict == "not_enough_evidence"
+    better = contestant(evidence, set(range(40))), contestant(evidence, set())
+    assert judge(evidence, *better, GateSettings(draws=300)).verdict == "promote", "or this test shows nothing"
+
+
+def test_what_belongs_to_one_visit_is_resampled_together():
+    "Forty visits of five windows that always agree tell no more than forty visits of one window"
+    widths = []
+    for windows_each in (1, 5):
+        evidence = judged_yard(40, windows_each, empty=0)
+        champion, challenger = contestant(evidence, set(), set(range(0, 40, 4))), contestant(evidence, set(range(0, 40, 3)), set(range(1, 40, 4)))
+        found = compare(evidence, answers_of(evidence, champion), answers_of(evidence, challenger), draws=400)
+        widths.append([(found.ap50.upper - found.ap50.lower), (found.false_alarm_difference.upper - found.false_alarm_difference.lower) / windows_each])
+    assert np.allclose(widths[1], widths[0], rtol=0.25), widths
+
+
+def test_a_window_that_stands_for_ten_counts_ten_times():
+    "The queue looks where the champion fired; what it missed is seldom drawn, and stands for more"
+    evidence = judged_yard(60)
+    rare = set(range(50, 60)) | set(range(60, 70))
+    frames = tuple(replace(frame, p=0.1) if int(frame.window[:4]) in rare else frame for frame in evidence.frames)
+    evidence = replace(evidence, frames=frames)
+    models = contestant(evidence, set(range(50, 60))), contestant(evidence, set(), {60, 61, 100})
+    found = compare(evidence, *(answers_of(evidence, one) for one in models), draws=50)
+    assert found.champion.visit_recall == pytest.approx(50 / (50 + 10 * 10)) and found.challenger.visit_recall == 1.0
+    assert found.challenger.per_camera_night * found.sample.camera_nights == pytest.approx(10 + 10 + 1)

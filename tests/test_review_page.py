@@ -1,5 +1,6 @@
 """The review as a person meets it: the real server, a real home, and Chromium on its page."""
 import json
+import re
 import sqlite3
 import threading
 import time
@@ -18,8 +19,13 @@ from deerml.capture.store import Store, frames, frames_by_id, image_path
 from deerml.capture.truth import events_on, truths
 from deerml.core.box import Box
 from deerml.core.settings import Home
+from deerml.judge.collect import Origin
+from deerml.judge.replay import make_replay
+from deerml.judge.replayed import result_of
 from deerml.review.items import standing
+from deerml.ship.deploy import adopt_current
 from review_homes import Shot, marked, review_home, scene, windows
+from yards import AFTER, replay_yard, spot_bundle
 
 # A busy machine may paint too late for a person's pace; a defect fails twice.
 pytestmark = pytest.mark.flaky(reruns=1)
@@ -473,3 +479,23 @@ def test_a_database_that_is_locked_is_waited_for(yard, person):
             other.execute("rollback")
         tab.saved()
     assert held(store, frame)[0] == "all_boxed" and len(events(store, [frame])) == 2
+
+
+def test_a_replay_is_judged_without_knowing_which_model_spoke(browser, tmp_path):
+    "Both models' boxes stand there alike, without scores, and the answers become the result"
+    with replay_yard(tmp_path / "yard", nights=1) as store:
+        champion, challenger = spot_bundle(store, 0.8), spot_bundle(store)
+        replay = make_replay(store, champion, challenger, [Origin(champion.digest), Origin(challenger.digest)], "2026-08-30..2026-09-30", AFTER)
+        adopt_current(store.home, champion.digest, "a test")
+        with serving(store.home) as address, closing(browser.new_context(viewport={"width": 1280, "height": 800})) as context:
+            tab = Tab(context, f"{address}/review")
+            assert tab.page.locator("select[name=what]").input_value() == "replay"
+            for _ in range(4):
+                boxes = tab.items[tab.title]["frames"][0]["boxes"]
+                text = tab.page.locator(".deerml-review").inner_text()
+                assert not re.search(r"\b0\.\d\d\b|alarm\b|champion|challenger", text), text
+                tab.judge(*(["c"] if boxes else ["f", "y"]))
+            tab.saved()
+            assert not tab.faults
+        result = result_of(store, replay)
+        assert result.complete and (result.pairs.found_by_both, result.words) == (1, "1 more visit")

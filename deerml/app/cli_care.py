@@ -79,8 +79,9 @@ def retain_command(
     "Let old pictures go that nobody reviewed or is asked about: thinned by chance, within the space of the settings."
     from dataclasses import asdict
 
+    from deerml.capture.blind import held_frames
     from deerml.capture.retention import retain
     from deerml.capture.store import Store
     with Store.open(home_at(home)) as store:
-        done = retain(store, dry_run=dry_run)
+        done = retain(store, held=held_frames(store), dry_run=dry_run)
     say(as_json, done.sentence, **asdict(done))

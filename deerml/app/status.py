@@ -26,6 +26,7 @@ from .trial import last_judgement
 from ..model.bundle import champion
 from ..capture import schema
 from ..capture.backup import Findings, list_backups, verify
+from ..capture.blind import held_frames
 from ..capture.store import Store, frames
 from ..capture.truth import truths
 from ..core.clock import now, stamp
@@ -99,6 +100,8 @@ def _next(store: Store, count: int, known: int, versions: Sequence, runs: Sequen
         return "deerml publish", f"The model {sealed[:12]} was judged: {judged['verdict'].replace('_', ' ')}."
     if judged["verdict"] in ("promote", "first") and (acting is None or acting.digest != sealed):
         return "deerml deploy", f"Release {releases[-1].version} is not deployed yet."
+    if held_frames(store):
+        return "deerml review", "Windows of a replay wait for an answer; then `deerml gate --replay` says what they showed."
     if undrawn_nights(store, now()).due:
         return "deerml review", "Nights are over and wait to be drawn for review."
     if (asked := tonight(store)).waiting:

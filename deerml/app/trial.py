@@ -25,6 +25,7 @@ from ..core.settings import Home
 from ..data.split import assign_nights
 from ..data.version import open_version
 from ..judge.calibrate import calibrate
+from ..judge.cases import run_cases, with_cases
 from ..judge.collect import Origin, admissible_nights, evidence_of, evidence_rate, look, notes_on
 from ..judge.evidence import Evidence, drawn_only
 from ..judge.compare import Contestant
@@ -103,6 +104,7 @@ def judge_bundle(
     evidence, test = _weighed(reviewed), freeze_test(store, reviewed, [night for night, kind in nights.items() if kind == "test"])
     context = _context(store, models, origins, nights, evidence, test, at)
     verdict = judge(evidence, contestants.get("champion"), contestants["challenger"], rules, context)
+    verdict = with_cases(verdict, run_cases(store, models, on_progress))  # blocks regressions; no evidence, so it comes after
     judged = Judged(bundle, acting, verdict, evidence, contestants, {name: origin.dataset for name, origin in origins.items()}, test, calibration_of(store, bundle.digest))
     _write_down(store, judged)
     return judged

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['metadata', 'meta', 'camera', 'image', 'frame', 'sighting', 'exposure', 'feature', 'inference', 'detection', 'model',
-           'judgement', 'review_event', 'draw', 'draw_stratum', 'draw_window', 'night_split', 'image_night',
-           'test_version', 'test_use', 'wal_is_safe', 'open_engine', 'copy_sqlite', 'revision_of', 'migrate']
+           'judgement', 'review_event', 'draw', 'draw_stratum', 'draw_window', 'night_split', 'image_night', 'replay',
+           'replay_stratum', 'replay_window', 'case_event', 'test_version', 'test_use', 'wal_is_safe', 'open_engine',
+           'copy_sqlite', 'revision_of', 'migrate']
 
 # %% ../../nbs/20_capture/01_schema.ipynb #3bf263f4
 import sqlite3
@@ -89,6 +90,18 @@ draw_window = sa.Table(
 )
 night_split = sa.Table("night_split", metadata, _text("night_key", primary_key=True), _refers("camera", "camera.id", kind=sa.Text), _text("night"), _text("split"), _text("assigned_at"))
 image_night = sa.Table("image_night", metadata, _refers("image", "image.sha256", kind=sa.Text, primary_key=True), _text("night_key"))
+
+# %% ../../nbs/20_capture/01_schema.ipynb #b4e149ab
+replay = sa.Table(
+    "replay", metadata, _id(), _text("made_at"), _text("champion"), _text("challenger"), _text("champion_sight"), _text("challenger_sight"), _text("asked"),
+    _text("first_night"), _text("last_night"), _whole("seed"), _text("record"), sa.Index("ix_replay_pair", "champion", "challenger"),
+)
+replay_stratum = sa.Table("replay_stratum", metadata, _refers("replay_id", "replay.id", primary_key=True), _text("name", primary_key=True), _whole("windows"), _whole("drawn"), _number("probability"))
+replay_window = sa.Table(
+    "replay_window", metadata, _id(), _refers("replay_id", "replay.id", index=True), _text("stratum"), _whole("position"), _refers("camera", "camera.id", kind=sa.Text), _text("window"),
+    _text("role"), sa.UniqueConstraint("replay_id", "camera", "window", name="uq_replay_window"),
+)
+case_event = sa.Table("case_event", metadata, _id(), _text("made_at"), _refers("frame_id", "frame.id", index=True), _text("action"), _text("note"), _text("reviewer"))
 
 # %% ../../nbs/20_capture/01_schema.ipynb #3c716314
 test_version = sa.Table("test_version", metadata, _id(), _text("name", unique=True), _text("parent", null=True), _text("nights"), _whole("frames"), _text("digest"), _text("made_at"))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ALPHA', 'DRAWS', 'Interval', 'multiplicities', 'interval', 'paired_bootstrap', 'paired_average_precision',
-           'swap_test', 'recall_gain', 'alarm_gain', 'betainc', 'beta_quantile', 'clopper_pearson', 'effective_visits',
-           'recall_bounds']
+           'swap_test', 'unseen_weight', 'recall_gain', 'alarm_gain', 'log_betainc', 'betainc', 'beta_quantile',
+           'clopper_pearson', 'effective_visits', 'recall_interval', 'recall_bounds']
 
 # %% ../../nbs/60_judge/02_bootstrap.ipynb #1d8fb0af
 import math
@@ -128,13 +128,23 @@ def swap_test(
     differences: np.ndarray,  # float [U], by unit, positive where the challenger did better
     flips: int = DRAWS,
     seed: int = 0,
+    unseen: float = 0.0,  # weight of one more unit that speaks against it, see below
 ) -> float:  # p value; small means: not luck
     "How often chance alone makes the challenger look this good"
+    differences = np.append(differences, -unseen)
+    # A unit in which both did alike is the same either way up, and most are: they need no coin.
+    differences = differences[differences != 0]
     observed = differences.sum()
     signs = np.random.default_rng(seed).integers(0, 2, (flips, len(differences)), dtype=np.int8) * 2 - 1
     # Sums that should be equal differ in the last bits, which must not count as a win.
     tolerance = 1e-9 * (1 + np.abs(differences).sum())
     return float((1 + (signs @ differences >= observed - tolerance).sum()) / (flips + 1))
+
+# %% ../../nbs/60_judge/02_bootstrap.ipynb #3daefba7
+def unseen_weight(sample: Sample) -> float:
+    "How much more the heaviest drawn window weighs than the lightest"
+    weights = sample.window_weight[sample.window_weight > 0]
+    return float(weights.max() - weights.min()) if len(weights) else 0.0
 
 # %% ../../nbs/60_judge/02_bootstrap.ipynb #fa82a764
 def recall_gain(sample: Sample, champion: Decisions, challenger: Decisions) -> np.ndarray:
@@ -168,6 +178,20 @@ def _away(value: float, tiny: float) -> float:
     "The value, kept away from zero"
     return value if abs(value) > tiny else tiny
 
+# %% ../../nbs/60_judge/02_bootstrap.ipynb #df8c4665
+def log_betainc(
+    a: float,  # above 0
+    b: float,  # above 0
+    x: float,  # 0 to 1
+) -> float:  # -inf to 0
+    "The logarithm of `betainc`, right also where that is too small for a number"
+    if x <= 0 or x >= 1:
+        return 0.0 if x >= 1 else -math.inf
+    if x > (a + 1) / (a + b + 2):
+        return math.log1p(-math.exp(log_betainc(b, a, 1 - x)))
+    front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
+    return front + math.log(_beta_fraction(a, b, x) / a)
+
 # %% ../../nbs/60_judge/02_bootstrap.ipynb #0082ea58
 def betainc(
     a: float,  # above 0
@@ -175,12 +199,9 @@ def betainc(
     x: float,  # 0 to 1
 ) -> float:  # 0 to 1
     "The regularised incomplete beta function: the chance that a Beta(a, b) value is below x"
-    if x <= 0 or x >= 1:
-        return float(x >= 1)
-    if x > (a + 1) / (a + b + 2):
-        return 1 - betainc(b, a, 1 - x)
-    front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
-    return math.exp(front) * _beta_fraction(a, b, x) / a
+    if 0 < x < 1 and x > (a + 1) / (a + b + 2):
+        return 1 - math.exp(log_betainc(b, a, 1 - x))
+    return math.exp(log_betainc(a, b, x))
 
 # %% ../../nbs/60_judge/02_bootstrap.ipynb #03da4ec2
 def beta_quantile(
@@ -192,6 +213,8 @@ def beta_quantile(
     low, high = 0.0, 1.0
     for _ in range(100):
         middle = (low + high) / 2
+        if not low < middle < high:  # no number lies between them
+            break
         low, high = (middle, high) if betainc(a, b, middle) < probability else (low, middle)
     return (low + high) / 2
 
@@ -211,6 +234,22 @@ def effective_visits(sample: Sample) -> float:
     "How many equal, independent visits this sample is worth"
     weights = _unit_sums(sample.visit_weight, sample.visit_unit, sample.units)
     return float(weights.sum() ** 2 / (weights**2).sum()) if weights.any() else 0.0
+
+# %% ../../nbs/60_judge/02_bootstrap.ipynb #22069cdb
+def recall_interval(
+    sample: Sample,
+    model: Decisions,
+    alpha: float = ALPHA,  # on each side
+) -> Interval:
+    "Visit recall of one model, with two one-sided bounds (Korn and Graubard, 1998); 0 to 1 without visits"
+    weights, found = (_unit_sums(sample.visit_weight * which, sample.visit_unit, sample.units) for which in (1.0, model.hits))
+    total, worth = weights.sum(), effective_visits(sample)
+    if not total:
+        return Interval(0.0, 0.0, 1.0)
+    share = float(found.sum() / total)
+    variance = ((found - share * weights) ** 2).sum() / total**2
+    worth = min(worth, share * (1 - share) / variance) if variance > 0 else worth
+    return Interval(share, *clopper_pearson(share * worth, worth, alpha))
 
 # %% ../../nbs/60_judge/02_bootstrap.ipynb #9fa31032
 def recall_bounds(

@@ -7,13 +7,16 @@ __all__ = ['BATCH', 'EXAM_DAYS', 'Origin', 'admissible_nights', 'evidence_of', '
            'Rate', 'evidence_rate', 'notes_on']
 
 # %% ../../nbs/60_judge/06_collect.ipynb #d5bd31e0
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 
+import numpy as np
 import sqlalchemy as sa
 
 from ..capture import schema
+from ..capture.blind import seen_by
 from ..capture.light import keep_lights, light_of
 from ..capture.store import Frame, Store, StoredDetection, detections, exposure_hours, frames, image_bytes, record_inference
 from ..capture.truth import COMPLETE, complete_truths, truths
@@ -125,6 +128,43 @@ def sight_key(model: Bundle | Candidate) -> str:
     described = model.serving.model_dump(mode="json", include=set(ServingDraft.model_fields))
     return "sight:" + sha256_bytes(canonical_json(described | {"model_sha256": sha256_bytes(model.model())}))
 
+# %% ../../nbs/60_judge/06_collect.ipynb #9619df00
+def _decoded(store: Store, group: Sequence[Frame], gone: set[int] | None) -> list[tuple[Frame, np.ndarray, Light]]:
+    "Frames with their pixels and light; without the pictures that are gone, where somebody wants to know of them"
+    found = []
+    for frame in group:
+        try:
+            pixels = decode(image_bytes(store, frame))
+        except DeermlError as error:
+            if gone is None or error.code != "IMAGE_GONE":
+                raise
+            gone.add(frame.id)
+            continue
+        found.append((frame, pixels, light_of(pixels)))
+    return found
+
+
+def _ahead(read: Callable[[Sequence[Frame]], list], groups: Sequence[Sequence[Frame]]) -> Iterator[list]:
+    "Each group as read, while the one before is being worked on"
+    with ThreadPoolExecutor(1) as reader:
+        waiting = [reader.submit(read, group) for group in groups[:1]]
+        for following in [*groups[1:], None]:
+            result = waiting.pop().result()
+            waiting = [reader.submit(read, following)] if following else []
+            yield result
+
+# %% ../../nbs/60_judge/06_collect.ipynb #11222dd4
+def _answered_elsewhere(store: Store, key: str, missing: Sequence[Frame]) -> dict[int, list[StoredDetection]]:
+    "What is known already of these frames' pictures from other frames, by frame id"
+    frame, looked, twins = schema.frame.c, schema.inference.c, dict[str, int]()
+    images = list({one.image for one in missing})
+    with store.read() as connection:
+        for start in range(0, len(images), 500):
+            query = sa.select(frame.image, frame.id).join(schema.inference, looked.frame_id == frame.id).where(looked.bundle == key, frame.image.in_(images[start:start + 500]))
+            twins |= dict(connection.execute(query).all())
+    found = detections(store, key, twins.values()) if twins else {}
+    return {one.id: found[twins[one.image]] for one in missing if one.image in twins}
+
 # %% ../../nbs/60_judge/06_collect.ipynb #3f1066a5
 BATCH = 32  # frames between two commits: what an interruption can cost
 
@@ -134,22 +174,35 @@ def look(
     model: Bundle | Candidate,
     wanted: Sequence[Frame],
     on_progress: Callable[[int, int], None] | None = None,  # called with (frames done, frames in all)
+    gone: set[int] | None = None,  # gets the ids of frames without a picture, which are left out then
 ) -> dict[int, list[StoredDetection]]:  # by frame id, best first
-    "What a model sees on these frames: from memory where it has looked before, else through the serving `Detector`"
+    "What a model sees on these frames: from memory where it has looked before, else through the serving `Detector`. Raises `IMAGE_GONE`, unless `gone` is given."
     key, ids = sight_key(model), [frame.id for frame in wanted]
-    acted = detections(store, model.digest, ids) if isinstance(model, Bundle) else {}
-    known = acted | detections(store, key, ids)
+    known = seen_by(store, model.digest if isinstance(model, Bundle) else key, key, ids)
     missing = [frame for frame in wanted if frame.id not in known]
-    detector = Detector(model) if missing else None
-    for start in range(0, len(missing), BATCH):
-        group = missing[start:start + BATCH]
-        pictures = [decode(image_bytes(store, frame)) for frame in group]
+    copied = _answered_elsewhere(store, key, missing)
+    if copied:
+        record_inference(store, key, [(frame_id, found, False) for frame_id, found in copied.items()], role="judge")
+    _look_at(store, model, key, [frame for frame in missing if frame.id not in copied], on_progress, gone)
+    return known | (detections(store, key, [frame.id for frame in missing]) if missing else {})
+
+# %% ../../nbs/60_judge/06_collect.ipynb #ad2fc0b5
+def _look_at(store: Store, model: Bundle | Candidate, key: str, missing: Sequence[Frame], on_progress: Callable[[int, int], None] | None, gone: set[int] | None) -> None:
+    "Look at frames that were never looked at, each picture once"
+    by_image: dict[str, list[Frame]] = {}
+    for frame in missing:
+        by_image.setdefault(frame.image, []).append(frame)
+    firsts, done = [of_image[0] for of_image in by_image.values()], 0
+    detector = Detector(model) if firsts else None
+    groups = [firsts[start:start + BATCH] for start in range(0, len(firsts), BATCH)]
+    for asked, group in zip(groups, _ahead(lambda group: _decoded(store, group, gone), groups)):
+        pictures = [pixels for _, pixels, _ in group]
         found = detector.batch(pictures)
-        record_inference(store, key, [(frame.id, one, False) for frame, one in zip(group, found)], role="judge")
-        keep_lights(store, {frame.image: light_of(pixels) for frame, pixels in zip(group, pictures)})
+        record_inference(store, key, [(twin.id, one, False) for (frame, _, _), one in zip(group, found) for twin in by_image[frame.image]], role="judge")
+        keep_lights(store, {frame.image: light for frame, _, light in group})
+        done += sum(len(by_image[frame.image]) for frame in asked)
         if on_progress:
-            on_progress(min(start + BATCH, len(missing)), len(missing))
-    return known | (detections(store, key, {frame.id for frame in missing}) if missing else {})
+            on_progress(done, len(missing))
 
 # %% ../../nbs/60_judge/06_collect.ipynb #126c718e
 EXAM_DAYS = 7  # at least; one lucky exam night is no rate

@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['Kind', 'SLICE_VISITS', 'SMALL_BOX_PX', 'Contestant', 'Answers', 'answers_of', 'Figures', 'figures_of', 'Pairs',
-           'pairs_of', 'plural', 'in_words', 'Difference', 'differences', 'Slice', 'slices_of', 'Comparison', 'compare']
+           'pairs_of', 'plural', 'in_words', 'Difference', 'differences', 'Slice', 'slices_in', 'slices_of',
+           'Comparison', 'compare_on', 'compare']
 
 # %% ../../nbs/60_judge/04_compare.ipynb #7b18712c
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
 import numpy as np
 
-from .bootstrap import ALPHA, Interval, alarm_gain, clopper_pearson, effective_visits, interval, multiplicities, paired_average_precision, paired_bootstrap, recall_bounds, recall_gain, swap_test
+from .bootstrap import ALPHA, Interval, alarm_gain, interval, multiplicities, paired_average_precision, paired_bootstrap, recall_bounds, recall_gain, recall_interval, swap_test, unseen_weight
 from .evidence import Evidence, Predictions, Sample, ThresholdTable, sample_of
 from .metrics import Decisions, Ranked, boxes_by_class, decide, false_alarms, frame_peaks, peaks_of, precision_recall, rank, visit_recall
 
@@ -67,16 +68,16 @@ def figures_of(
     counts: np.ndarray,  # int [draws, U], bootstrap draws
 ) -> Figures:
     "The figures of one model"
-    done, worth = answers.decisions, effective_visits(sample)
+    done = answers.decisions
     recall = visit_recall(done.hits, sample.visit_weight)
-    lower, upper = clopper_pearson((recall or 0.0) * worth, worth)
+    bounds = recall_interval(sample, done)
     rates, line = false_alarms(done.alarms, sample), precision_recall(answers.ranked)
     weights = np.bincount(sample.window_unit, weights=sample.window_weight * done.alarms, minlength=sample.units)
     known = rates["per_camera_night"] is not None
     return Figures(
         visit_recall=recall,
-        recall_lower=lower,
-        recall_upper=upper,
+        recall_lower=bounds.lower,
+        recall_upper=bounds.upper,
         visits_found=int((done.hits & (sample.visit_weight > 0)).sum()),
         false_alarm_windows=int((done.alarms & (sample.window_weight > 0)).sum()),
         **rates,
@@ -210,6 +211,27 @@ def holm(
     return stand
 
 # %% ../../nbs/60_judge/04_compare.ipynb #dd171cd5
+def slices_in(
+    members: Mapping[str, np.ndarray],  # bool [V] for each name
+    sample: Sample,
+    champion: Decisions,
+    challenger: Decisions,
+    slice_visits: int = SLICE_VISITS,
+    seed: int = 0,
+) -> list[Slice]:
+    "Change of visit recall in some parts of the visits"
+    slices = []
+    for name, member in members.items():
+        weight = np.where(member, sample.visit_weight, 0.0)
+        visits, gain = int((weight > 0).sum()), weight * (challenger.hits.astype(float) - champion.hits)
+        losses = -np.bincount(sample.visit_unit, weights=gain, minlength=sample.units)
+        p = swap_test(losses, seed=seed) if visits >= slice_visits else None
+        slices.append(Slice(name, visits, float(gain.sum() / weight.sum()) if visits else 0.0, p))
+    tested = {one.name: one.p for one in slices if one.p is not None}
+    lost = {name for name, stands in zip(tested, holm(list(tested.values()))) if stands}
+    return [Slice(**{**asdict(one), "lost": one.name in lost}) for one in slices]
+
+# %% ../../nbs/60_judge/04_compare.ipynb #329bd205
 def slices_of(
     evidence: Evidence,
     sample: Sample,
@@ -219,16 +241,7 @@ def slices_of(
     seed: int = 0,
 ) -> list[Slice]:
     "Change of visit recall by camera, light and size"
-    slices = []
-    for name, member in _membership(evidence).items():
-        weight = np.where(member, sample.visit_weight, 0.0)
-        visits, gain = int((weight > 0).sum()), weight * (challenger.hits.astype(float) - champion.hits)
-        losses = -np.bincount(sample.visit_unit, weights=gain, minlength=sample.units)
-        p = swap_test(losses, seed=seed) if visits >= slice_visits else None
-        slices.append(Slice(name, visits, float(gain.sum() / weight.sum()) if visits else 0.0, p))
-    tested = {one.name: one.p for one in slices if one.p is not None}
-    lost = {name for name, stands in zip(tested, holm(list(tested.values()))) if stands}
-    return [Slice(**{**asdict(one), "lost": one.name in lost}) for one in slices]
+    return slices_in(_membership(evidence), sample, champion, challenger, slice_visits, seed)
 
 # %% ../../nbs/60_judge/04_compare.ipynb #454cbd6b
 @dataclass(frozen=True)
@@ -244,7 +257,7 @@ class Comparison:
     false_alarm_difference: Interval  # per camera-night; per image where the selection is unknown
     ap: Interval | None
     ap50: Interval | None
-    recall_gain_p: float  # swap tests, in both directions
+    recall_gain_p: float  # swap tests, in both directions; what the champion alone did is seen sooner, see `unseen_weight`
     recall_loss_p: float
     alarm_gain_p: float
     alarm_loss_p: float
@@ -253,21 +266,21 @@ class Comparison:
     hand_boxed_visits: int
 
 # %% ../../nbs/60_judge/04_compare.ipynb #65324f80
-def compare(
-    evidence: Evidence,
+def compare_on(
+    sample: Sample,
+    members: Mapping[str, np.ndarray],  # bool [V], the visits of each slice
     champion: Answers,
     challenger: Answers,
     draws: int = 2000,
     seed: int = 0,
     slice_visits: int = SLICE_VISITS,
+    hand_boxed: int = 0,  # visits with boxes drawn or adjusted by hand
 ) -> Comparison:
-    "Everything in which the two differ"
-    sample = sample_of(evidence)
+    "Everything in which the two differ, from weights and decisions"
     counts, models = multiplicities(sample.units, draws, seed), (champion.decisions, challenger.decisions)
     drawn = paired_bootstrap(sample, *models, counts)
     described = paired_average_precision(sample, champion.ranked, challenger.ranked, counts) or {}
-    recall, alarms = recall_gain(sample, *models), alarm_gain(sample, *models)
-    hand = [visit.hand_boxed and weight > 0 for visit, weight in zip(evidence.visits, sample.visit_weight)]
+    recall, alarms, unseen = recall_gain(sample, *models), alarm_gain(sample, *models), unseen_weight(sample)
     return Comparison(
         sample=sample,
         champion=figures_of(sample, champion, counts),
@@ -279,10 +292,24 @@ def compare(
         ap=described.get("ap"),
         ap50=described.get("ap50"),
         recall_gain_p=swap_test(recall, draws, seed),
-        recall_loss_p=swap_test(-recall, draws, seed),
-        alarm_gain_p=swap_test(alarms, draws, seed),
+        recall_loss_p=swap_test(-recall, draws, seed, unseen),
+        alarm_gain_p=swap_test(alarms, draws, seed, unseen),
         alarm_loss_p=swap_test(-alarms, draws, seed),
         pairs=pairs_of(sample, *models),
-        slices=tuple(slices_of(evidence, sample, *models, slice_visits, seed)),
-        hand_boxed_visits=sum(hand),
+        slices=tuple(slices_in(members, sample, *models, slice_visits, seed)),
+        hand_boxed_visits=hand_boxed,
     )
+
+# %% ../../nbs/60_judge/04_compare.ipynb #a30144f2
+def compare(
+    evidence: Evidence,
+    champion: Answers,
+    challenger: Answers,
+    draws: int = 2000,
+    seed: int = 0,
+    slice_visits: int = SLICE_VISITS,
+) -> Comparison:
+    "Everything in which the two differ"
+    sample = sample_of(evidence)
+    hand = sum(visit.hand_boxed and weight > 0 for visit, weight in zip(evidence.visits, sample.visit_weight))
+    return compare_on(sample, _membership(evidence), champion, challenger, draws, seed, slice_visits, int(hand))

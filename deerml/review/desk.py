@@ -19,6 +19,7 @@ import sqlalchemy as sa
 from pydantic import ValidationError
 
 from ..capture import schema
+from ..capture.blind import Blind
 from ..capture.store import Frame, Store, detections, frames_by_id, image_bytes
 from ..capture.truth import COMPLETE, events_on, truths
 from ..capture.visits import visits_of
@@ -97,6 +98,7 @@ def _duration(seconds: float) -> str:
 # %% ../../nbs/30_review/04_desk.ipynb #c56399e4
 def _windows_with(view: View, touched: Sequence[Frame]) -> list[str]:
     "In how many windows this reviewer found an alarm false, and in how many an animal without a box"
+    blind = Blind(view.store).windows  # what the acting model did there would tell which boxes were its
     false, missed, ids = set(), set(), [frame.id for frame in touched]
     found = detections(view.store, view.bundle.digest, ids) if view.bundle else {}
     with view.store.read() as connection:
@@ -104,7 +106,7 @@ def _windows_with(view: View, touched: Sequence[Frame]) -> list[str]:
     for frame in touched:
         mine = standing(events[frame.id], view.reviewer, view.classes)
         alarms = [(f"detection:{one.id}", one.label) for one in found.get(frame.id, []) if one.label in view.classes and one.score >= view.threshold(frame.camera, one.label)]
-        if any(mine.boxes.get(key, ("",))[0] == "false_positive" for key in alarms):
+        if (frame.camera, frame.window) not in blind and any(mine.boxes.get(key, ("",))[0] == "false_positive" for key in alarms):
             false.add((frame.camera, frame.window))
         if any(key.startswith("drawn:") for key, _ in mine.surviving):
             missed.add((frame.camera, frame.window))
@@ -119,7 +121,7 @@ def why_empty(view: View, mode: str, what: str) -> str:
         return "There are no frames."
     if mode == "grid":
         return "Every box of the model was judged." if view.bundle else "There is no model yet, so there are no boxes to judge."
-    return {"disputed": "No reviewers differ.", "skipped": "You have skipped nothing.", "night": "No camera has frames of that night."}[what]
+    return {"replay": "No replay asks anything. `deerml gate --replay 14d` makes one.", "disputed": "No reviewers differ.", "skipped": "You have skipped nothing.", "night": "No camera has frames of that night."}[what]
 
 # %% ../../nbs/30_review/04_desk.ipynb #3edd5198
 class Agenda:
@@ -177,7 +179,7 @@ class Agenda:
         if total == 0:
             return why_empty(self.view, self.mode, self.choice.what)
         what = count(self.plan.windows, "window") if self.mode == "strip" else count(total, NOUN[self.mode])
-        of = " of tonight" if self._of_tonight else ""
+        of = " of tonight" if self._of_tonight else " of the replay" if self.choice.what == "replay" and self.mode != "grid" else ""
         if self.left:
             return f"These are the last of {what}{of}."
         return f"All {what}{of} are judged." if total > 1 else f"The only {NOUN[self.mode]}{of} is judged."
@@ -194,7 +196,7 @@ def _reason(mode: str, choice: Choice) -> str:
     "Why these items are asked for, in half a sentence"
     if mode == "grid":
         return "nobody has judged these boxes yet"
-    reasons = {"queue": "their windows were drawn at random", "disputed": "reviewers differ on them", "skipped": "you were unsure of them", "night": "you chose to look through that night"}
+    reasons = {"queue": "their windows were drawn at random", "replay": "two models are compared on them, and you are not told which of them saw what", "disputed": "reviewers differ on them", "skipped": "you were unsure of them", "night": "you chose to look through that night"}
     return reasons[choice.what]
 
 # %% ../../nbs/30_review/04_desk.ipynb #ad63f3d3
@@ -460,11 +462,15 @@ def open_desk(
     reviewer: str,  # whose verdicts these are
     at: Callable[[], datetime] = now,  # the clock
 ) -> Desk:
-    "A desk with all that there is to review now"
+    "A desk with all that there is to review now; what a replay waits for comes first"
     bundle = champion(store.home, with_model=False)
     if not is_read_only(store):
         try:
             close_due(Impatient(store.home, store.engine), bundle.digest if bundle else None, at())
         except sa.exc.OperationalError as error:
             LOG.warning("the nights that are over could not be drawn: %s", obstacle(error))
-    return Desk(store, reviewer, bundle, at)
+    desk = Desk(store, reviewer, bundle, at)
+    waiting = plan_review(desk.view, "strip", "replay")
+    if set(waiting.items) - waiting.done:
+        desk.agenda.choice = Choice(what="replay")
+    return desk

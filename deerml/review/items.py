@@ -7,7 +7,7 @@ __all__ = ['DISPLAY_PX', 'QUALITY', 'FULL_QUALITY', 'CROP_PX', 'CROP_MARGIN', 'M
            'View', 'Standing', 'standing', 'shown_boxes', 'Picture', 'display_size', 'picture_of', 'crop_region',
            'crop_of', 'Pictures', 'problem_of', 'can_be_seen', 'ItemName', 'item_name', 'strips', 'strip_item',
            'state_of', 'detections_by_id', 'camera_of', 'title_of', 'band_of', 'page_item', 'build_item', 'Plan',
-           'plan_review']
+           'plan_review', 'replayed_windows']
 
 # %% ../../nbs/30_review/02_items.ipynb #2b072689
 import re
@@ -22,6 +22,7 @@ import numpy as np
 import sqlalchemy as sa
 
 from ..capture import schema
+from ..capture.blind import Blind
 from ..capture.store import Frame, Store, StoredDetection, among, detections, frames, frames_by_id, image_bytes, image_path
 from ..capture.truth import AGREEMENT_IOU, COMPLETE, BoxWord, Truth, events_on, fold, said_by
 from ..core.box import Box, Size, iou_matrix
@@ -93,17 +94,18 @@ def shown_boxes(
     frame: Frame,
     mine: Standing,
     found: Iterable[StoredDetection],  # on this frame: of the acting model, and those that the reviewer judged
+    is_blind: bool = False,  # do they come from two models that are being compared?
 ) -> list[dict]:
-    "The boxes of a frame as the browser is told of them, the model's first, best first"
+    "The boxes of a frame as the browser is told of them, the model's first, best first; blind ones as they come, all alike"
     held = {key: (label, *mine.boxes[key, label]) for key, label in sorted(mine.boxes, key=lambda one: one in mine.surviving)}
     surviving = {key for key, _ in mine.surviving}
     result = []
     for one in found:
         key = f"detection:{one.id}"
         label, word, box = held.get(key, (one.label, None, None))
-        if key in surviving or (_worth_showing(view, frame, one) and not _is_held(mine, key, one)):
-            alarm = _acts(view, one) and one.score >= view.threshold(frame.camera, one.label)
-            result.append(_box(key, one.id, label, one.score, box or one.box, "alarm" if alarm else "suggestion", word))
+        if key in surviving or ((is_blind or _worth_showing(view, frame, one)) and not _is_held(mine, key, one)):
+            alarm = not is_blind and _acts(view, one) and one.score >= view.threshold(frame.camera, one.label)
+            result.append(_box(key, one.id, label, None if is_blind else one.score, box or one.box, "alarm" if alarm else "suggestion", word))
     drawn = [key for key in held if key in surviving and not key.startswith("detection:")]
     return result + [_box(key, None, held[key][0], None, held[key][2], "drawn", held[key][1]) for key in drawn]
 
@@ -264,18 +266,21 @@ def strip_item(view: View, name: ItemName) -> dict:
     camera, zone = camera_of(view.store, of_strip[0].camera)
     with view.store.read() as connection:
         events = events_on(connection, name.ids)
-    found = _found(view, events)
-    entries = [_frame_entry(view, frame, events[frame.id], found.get(frame.id, []), zone) for frame in of_strip]
+    blind = Blind(view.store)
+    is_blind = (of_strip[0].camera, of_strip[0].window) in blind.windows
+    found = _found(view, events, blind if is_blind else None, of_strip[0].camera)
+    entries = [_frame_entry(view, frame, events[frame.id], found.get(frame.id, []), zone, is_blind) for frame in of_strip]
+    key_frame = _strongest(found, name.ids) if is_blind else _key_frame(entries)
     done = all(entry["statement"] or entry["problem"] for entry in entries)
     return {"id": str(name), "kind": "strip", "title": title_of(camera, of_strip[0], zone), "camera": of_strip[0].camera, "camera_name": camera, "night": of_strip[0].night,
-            "window": of_strip[0].window, "part": list(name.part), "key_frame": _key_frame(entries), "frames": entries, "done": done}
+            "window": of_strip[0].window, "part": list(name.part), "key_frame": key_frame, "frames": entries, "done": done}
 
 # %% ../../nbs/30_review/02_items.ipynb #edb86c79
-def _frame_entry(view: View, frame: Frame, events: Sequence[sa.Row], found: Sequence[StoredDetection], zone: str) -> dict:
+def _frame_entry(view: View, frame: Frame, events: Sequence[sa.Row], found: Sequence[StoredDetection], zone: str, is_blind: bool) -> dict:
     mine = standing(events, view.reviewer, view.classes)
     time = frame.taken_at.astimezone(zone_of(zone)).strftime("%H:%M:%S") if frame.taken_at else ""
     return {"id": frame.id, "time": time, "width": frame.width, "height": frame.height, "revision": mine.revision, "state": state_of(events, view.classes),
-            "image_bytes_scale": display_size(frame.size)[0] / frame.width, "boxes": shown_boxes(view, frame, mine, found),
+            "image_bytes_scale": display_size(frame.size)[0] / frame.width, "boxes": shown_boxes(view, frame, mine, found, is_blind),
             "statement": mine.statement, "problem": problem_of(view, frame)}
 
 # %% ../../nbs/30_review/02_items.ipynb #4557e6e6
@@ -284,11 +289,14 @@ def state_of(events: Sequence[sa.Row], classes: Sequence[str]) -> str:
     return Truth(0, {label: fold(events, label) for label in classes}).state(classes)
 
 # %% ../../nbs/30_review/02_items.ipynb #1c853e4c
-def _found(view: View, events: Mapping[int, Sequence[sa.Row]]) -> dict[int, list[StoredDetection]]:
-    "Detections by frame: of the acting model, and whatever others the reviewer judged"
-    found = detections(view.store, view.bundle.digest, events) if view.bundle else {}
-    known = {one.id for of_frame in found.values() for one in of_frame}
+def _found(view: View, events: Mapping[int, Sequence[sa.Row]], blind: Blind | None, camera: str) -> dict[int, list[StoredDetection]]:
+    "Detections by frame: of the acting model, or of both that are compared, and whatever others the reviewer judged"
     judged = {event.detection_id for of_frame in events.values() for event in of_frame if event.detection_id and event.reviewer == view.reviewer}
+    if blind:
+        found = blind.boxes(camera, events.keys(), judged)
+    else:
+        found = detections(view.store, view.bundle.digest, events) if view.bundle else {}
+    known = {one.id for of_frame in found.values() for one in of_frame}
     with view.store.read() as connection:
         for one in detections_by_id(connection, judged - known).values():
             found.setdefault(one.frame_id, []).append(one)
@@ -302,6 +310,12 @@ def detections_by_id(connection: sa.Connection, ids: Iterable[int]) -> dict[int,
         schema.detection.join(schema.inference, looked.id == found.inference_id))
     rows = (row for condition in among(found.id, ids) for row in connection.execute(query.where(condition)))
     return {one: StoredDetection(one, frame_id, bundle, label, score, Box(*box)) for one, frame_id, bundle, label, score, *box in rows}
+
+# %% ../../nbs/30_review/02_items.ipynb #2cd26581
+def _strongest(found: Mapping[int, Sequence[StoredDetection]], frame_ids: Sequence[int]) -> int:
+    "The place of the frame with the highest score of either model; the middle where neither saw anything"
+    best = [max((one.score for one in found.get(frame_id, ())), default=0.0) for frame_id in frame_ids]
+    return best.index(max(best)) if max(best) else len(best) // 2
 
 # %% ../../nbs/30_review/02_items.ipynb #1b4d6a32
 def _key_frame(entries: Sequence[dict]) -> int:
@@ -375,7 +389,7 @@ class Plan:
 def plan_review(
     view: View,
     mode: str,  # "strip", "single" or "grid"
-    what: str,  # "queue", "disputed", "skipped" or "night"
+    what: str,  # "queue", "replay", "disputed", "skipped" or "night"
     night: str | None = None,  # of "night"
     camera: str | None = None,  # of "night"; None: all cameras
 ) -> Plan:
@@ -389,7 +403,7 @@ def plan_review(
     with view.store.read() as connection:
         events = events_on(connection, list(by_id))
     mine, answered = ({frame_id for frame_id, of_frame in events.items() if said(view, of_frame) or not can_be_seen(view, by_id[frame_id])} for said in (_judged_by_me, _answered))
-    asked = [name for name in names if what != "queue" or not answered.issuperset(name.ids)]
+    asked = [name for name in names if what not in ("queue", "replay") or not answered.issuperset(name.ids)]
     again = what in ("disputed", "skipped")  # the reviewer has spoken already, and is asked nevertheless
     done = frozenset(str(name) for name in asked if not again and mine.issuperset(name.ids))
     return Plan(tuple(map(str, asked)), done, len(names) - len(asked), len(groups), queue.words if queue else "")
@@ -406,14 +420,20 @@ def _answered(view: View, events: Sequence[sa.Row]) -> bool:
 def _asked_frames(view: View, queue: Tonight | None, what: str, night: str | None, camera: str | None) -> list[list[Frame]]:
     "The frames of each window that is asked for, in the order of asking"
     table = schema.frame.c
-    if queue is not None:
-        windows = [window.key for window in queue.windows]
+    if what in ("queue", "replay"):
+        windows = [window.key for window in queue.windows] if queue else replayed_windows(view)
         found = _by_window(frame for start in range(0, len(windows), 200) for frame in frames(view.store, sa.tuple_(table.camera, table.window).in_(windows[start:start + 200])))
         return [found[window] for window in windows if window in found]
     if what == "night":
         conditions = [table.night == (night or "")] + ([table.camera == camera] if camera is not None else [])
         return list(_by_window(frames(view.store, *conditions)).values())
     return list(_by_window(frames_by_id(view.store, _disputed(view) if what == "disputed" else _skipped(view))).values())
+
+# %% ../../nbs/30_review/02_items.ipynb #fa6853fe
+def replayed_windows(view: View) -> list[Window]:
+    "What the newest replay asks, in its order, which is random: nobody can tell a difference from a check"
+    replay = Blind(view.store).replay
+    return [window.key for window in replay.windows] if replay else []
 
 # %% ../../nbs/30_review/02_items.ipynb #419396ab
 def _by_window(of_windows: Iterable[Frame]) -> dict[Window, list[Frame]]:
@@ -446,13 +466,13 @@ def _pages(view: View, night: str | None, camera: str | None) -> list[ItemName]:
     found, looked, frame, event = schema.detection.c, schema.inference.c, schema.frame.c, schema.review_event.c
     undone = sa.select(event.undoes).where(event.undoes.is_not(None))
     judged = sa.select(event.detection_id).where(event.detection_id.is_not(None), event.id.not_in(undone))
-    query = sa.select(found.id, found.label, found.score, frame.camera).select_from(schema.detection.join(schema.inference, looked.id == found.inference_id).join(schema.frame, frame.id == looked.frame_id)).where(
+    query = sa.select(found.id, found.label, found.score, frame.camera, frame.window).select_from(schema.detection.join(schema.inference, looked.id == found.inference_id).join(schema.frame, frame.id == looked.frame_id)).where(
         looked.bundle == view.bundle.digest, found.label.in_(view.classes), found.id.not_in(judged), *([frame.night == night] if night else []), *([frame.camera == camera] if camera else []))
     with view.store.read() as connection:
         rows = connection.execute(query.order_by(found.score.desc(), found.id)).all()
-    pages: dict[tuple, list[int]] = {}
-    for one, label, score, of_camera in rows:
-        if score >= view.shown_from(of_camera, label):
+    pages, blind = dict[tuple, list[int]](), Blind(view.store).windows  # a page would tell which boxes there are the champion's
+    for one, label, score, of_camera, window in rows:
+        if (of_camera, window) not in blind and score >= view.shown_from(of_camera, label):
             pages.setdefault((*band_of(score), label), []).append(one)
     cut = [ItemName("grid", tuple(ids[start:start + MAX_CROPS])) for _, ids in sorted(pages.items(), reverse=True) for start in range(0, len(ids), MAX_CROPS)]
     return cut[:MAX_PAGES]

@@ -95,7 +95,7 @@ class UndoVerdict(Message):
 class Choice(Message):
     "Which frames are reviewed"
 
-    what: Literal["queue", "disputed", "skipped", "night"] = "queue"
+    what: Literal["queue", "replay", "disputed", "skipped", "night"] = "queue"
     night: Text | None = None
     camera: Text | None = None
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from jinja2 import Environment, StrictUndefined
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
 from ..core.clock import now, parse_time, stamp
 from ..core.durable import (canonical_json, folder_lock, fsync_folder, is_full, no_space, sha256_bytes,
@@ -75,6 +75,12 @@ class OwnerDecision(_Part):
 
     reason: str = Field(min_length=1)
     at: str  # a `stamp`
+    replay: int | None = None  # id, in the publisher's home, of the replay that showed no regression; none where no champion was passed over
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, whole: SerializerFunctionWrapHandler) -> dict:
+        "Releases from before there were replays keep their bytes, which their hash names"
+        return {key: value for key, value in whole(self).items() if key != "replay" or value is not None}
 
 
 class FileUsed(_Part):

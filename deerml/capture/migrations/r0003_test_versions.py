@@ -11,7 +11,7 @@ from alembic import op
 
 # %% ../../../nbs/20_capture/16_test_tables.ipynb #8e1f4d12
 revision = "r0003"
-down_revision = "r0001"
+down_revision = "r0002"
 branch_labels = None
 depends_on = None
 

@@ -1692,7 +1692,7 @@ class Review {
       h("button", { type: "button", "data-mode": name, "aria-pressed": String(this.mode === name), title: label }, icon(name), h("span", {}, label));
     const select = (name, label, options, chosen) =>
       h("select", { name, "aria-label": label }, ...options.map(([value, text]) => h("option", { value, selected: value === chosen }, text)));
-    const whats = [["queue", "Queue"], ["disputed", "Disputed"], ["skipped", "Skipped"], ["night", "A night…"]];
+    const whats = [["queue", "Queue"], ["replay", "Replay"], ["disputed", "Disputed"], ["skipped", "Skipped"], ["night", "A night…"]];
     const cameras = [["", "All cameras"], ...this.cameras.map(({ id, name }) => [String(id), name])];
     this.chooser.replaceChildren(
       h("div", { class: "modes", role: "group", "aria-label": "Mode" }, mode("strip", "Strip"), mode("single", "Single"), mode("grid", "Grid")),
