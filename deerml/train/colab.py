@@ -23,7 +23,7 @@ from .. import __version__
 from ..core.durable import write_file, write_json
 from ..core.errors import DeermlError
 from ..data.remote import Remote
-from .away import ask, unpack_result
+from .away import WORK, ask, unpack_result
 from .local import LOCKS, LOG, Local, at_work
 from .runners import RESULT, Job, describe, finished, write_begin, write_end
 
@@ -81,7 +81,7 @@ threading.Thread(target=beat, daemon=True).start()
 try:
     pip = [plan["python"], "-m", "pip", "install", "-q", *plan["install"]]
     code = run(pip) if plan["install"] else 0
-    code = code or run(plan["work"])
+    code = code or run(plan["work"][2:])
     if code and not (folder / "result.json").exists():
         error = dict(code="NO_RESULT", what=f"The training on Colab ended with {{code}} and left no result.")
         (folder / "result.json").write_text(json.dumps(dict(attempt=plan["attempt"], error=error)))
@@ -93,7 +93,7 @@ finally:
 def script_for(plan: Plan, run: str) -> str:
     "What the kernel executes"
     source = [plan.remote] if plan.remote else ["--account", f"{plan.folder}/.deerml.json"]
-    work = [plan.python, "-m", "deerml.app.away", run, *source, "--folder", f"{plan.folder}/yard", "--out", plan.folder]
+    work = [plan.python, "-c", WORK, run, *source, "--folder", f"{plan.folder}/yard", "--out", plan.folder]
     told = {"attempt": plan.attempt, "folder": plan.folder, "beat_s": plan.beat_s, "install": plan.install, "python": plan.python, "work": work}
     return SCRIPT.format(plan=json.dumps(told))
 
