@@ -7,7 +7,6 @@ __all__ = ['prepare_away', 'work_away', 'remote_from', 'main']
 
 # %% ../../nbs/90_app/00b_away.ipynb #4fa95962
 import argparse
-import json
 from pathlib import Path
 
 from .training import Run, carry_out
