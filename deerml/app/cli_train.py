@@ -72,7 +72,7 @@ def train_command(
     from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Without pretrained weights; nothing is downloaded.")] = False,
     candidates: Annotated[str, typer.Option(help="fresh, warm (on from the champion's weights), or both: fresh,warm. Of two the better one on val goes to the gate.")] = "fresh",
     estimate: Annotated[bool, typer.Option("--estimate", help="Only tell how long it would take.")] = False,
-    on: Annotated[str | None, typer.Option(help="Where: local runs it as a job, and this command returns at once. Default: here and now.", show_default=False)] = None,
+    on: Annotated[str | None, typer.Option(help="Where: local, colab, cloud or actions run it as a job, and this command returns at once. Default: here and now.", show_default=False)] = None,
     notebook: Annotated[Path | None, typer.Option(help="With --on: another notebook than the training notebook.", show_default=False)] = None,
     parameter: Annotated[list[str] | None, typer.Option("--parameter", "-p", help="With --on: NAME=VALUE for the notebook.", show_default=False)] = None,
     resume: Annotated[str | None, typer.Option(help="Go on with this run, which was interrupted.", show_default=False)] = None,
@@ -130,7 +130,8 @@ def _begun(home: Any, recipe: Any, dataset: str | None, place: str, candidates: 
     "A job of one candidate. Raises `BAD_PARAMETER`, and as `submit_training` does."
     import json
 
-    from deerml.app.training import submit_candidate, runner_for
+    from deerml.app.places import may_train_at, refuse_second
+    from deerml.app.training import submit_candidate
     from deerml.core.errors import DeermlError
     given: dict[str, Any] = {}
     for text in parameters:
@@ -141,12 +142,17 @@ def _begun(home: Any, recipe: Any, dataset: str | None, place: str, candidates: 
             given[name] = json.loads(value)  # numbers, true and false, lists
         except ValueError:
             given[name] = value
-    return submit_candidate(home, runner_for(place), recipe, candidates.split(","), dataset, notebook, given)
+    runner = may_train_at(home, place)
+    refuse_second(home, place)
+    return submit_candidate(home, runner, recipe, candidates.split(","), dataset, notebook, given)
 
 
 def _resumed(home: Any, name: str, place: str) -> Any:
-    from deerml.app.training import resume_run, runner_for
-    return resume_run(home, name, runner_for(place))
+    from deerml.app.places import may_train_at, refuse_second
+    from deerml.app.training import resume_run
+    runner = may_train_at(home, place)
+    refuse_second(home, place)
+    return resume_run(home, name, runner)
 
 
 def _submitted(home: Any, job: Any, told: dict[str, Any] | None, as_json: bool) -> None:
@@ -167,9 +173,9 @@ def runs_callback(context: typer.Context, home: HomeOption = None, as_json: Json
 @command(runs_app, "list")
 def list_command(home: HomeOption = None, as_json: JsonOption = False) -> None:
     "Every training, the oldest first. `deerml runs` alone does the same."
-    from deerml.app.training import list_jobs
+    from deerml.app.places import jobs_at
     from deerml.train.estimate import in_words
-    jobs = list_jobs(home_at(home))
+    jobs = jobs_at(home_at(home))
     rows = [f"  {job.id:<32} {job.state:<10} {job.place:<6} {job.epochs_done:>4} of {job.epochs or '?':<4} epochs  {in_words(job.seconds) if job.seconds else ''}" for job in jobs]
     errors = [f"  {job.id}: {job.error['what']}" for job in jobs if job.error]
     say(as_json, "\n".join([*rows, *errors]) or "No training yet. Next: [bold]deerml train[/]", runs=[job.to_dict() for job in jobs])
@@ -183,18 +189,20 @@ def logs_command(run: RunArgument, home: HomeOption = None, as_json: JsonOption 
     "What a training printed so far."
     from rich.markup import escape
 
-    from deerml.app.training import find_job, runner_for
+    from deerml.app.places import runner_at
+    from deerml.app.training import find_job
     job = find_job(home_at(home), run)
-    text = runner_for("local" if job.place == "here" else job.place).logs(job.path)
+    text = runner_at(home_at(home), job.place).logs(job.path)
     say(as_json, escape(text) or "Nothing was printed yet.", run=run, text=text)
 
 
 @command(runs_app, "cancel")
 def cancel_command(run: RunArgument, home: HomeOption = None, as_json: JsonOption = False) -> None:
     "End a training. What was done stays: `deerml train --resume` goes on."
-    from deerml.app.training import find_job, runner_for
+    from deerml.app.places import runner_at
+    from deerml.app.training import find_job
     job = find_job(home_at(home), run)
-    ended = runner_for("local" if job.place == "here" else job.place).cancel(job.path)
+    ended = runner_at(home_at(home), job.place).cancel(job.path)
     say(as_json, f"The training {run} is [bold]{ended.state}[/].", **ended.to_dict())
 
 # %% ../../nbs/90_app/15_cli_train.ipynb #eaa3daba

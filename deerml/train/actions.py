@@ -19,7 +19,7 @@ from ..core.clock import now, parse_time
 from ..core.errors import DeermlError
 from ..data.remote import Remote
 from .away import ask, bring
-from .runners import JOB, RESULT, Job, describe, finished, write_begin, write_end
+from .runners import ENDED, JOB, RESULT, Job, describe, finished, write_begin, write_end
 
 # %% ../../nbs/50_train/13_actions.ipynb #e96ab870
 TOKEN_FILE = "accounts/github.token"  # in the home
@@ -133,7 +133,7 @@ class Actions:
 
     def status(self, run: Path) -> Job:
         begun = json.loads((run / JOB).read_bytes()) if (run / JOB).exists() else {}
-        if "attempt" not in begun or (run / RESULT).exists():
+        if "attempt" not in begun or (run / RESULT).exists() or (run / ENDED).exists():
             return describe(run, False)
         error = bring(self.remote, run, begun["attempt"])
         if (run / RESULT).exists():

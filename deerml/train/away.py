@@ -33,6 +33,8 @@ def ask(remote: Remote, run: Path) -> str:
     base = request["recipe"]["base"]
     if base.removesuffix(".yaml") not in (*BASES, TINY):
         raise DeermlError("ONLY_HERE", "This training cannot be done elsewhere.", why=f"It starts from {Path(base).name}, which only this home has.", next_step="Leave out `--on`, or name a base such as yolo26n.")
+    if request.get("notebook") or set(request.get("parameters", {})) - {"home", "run"}:
+        raise DeermlError("ONLY_HERE", "This training cannot be done elsewhere.", why="A notebook of one's own, and its parameters, stay here.", next_step="Use `--on local` for it.")
     attempt = secrets.token_hex(8)
     wanted = {name: request[name] for name in ("dataset", "recipe")}
     remote.replace(f"runs/{run.name}/{ASKED}", canonical_json({"format": "deerml-asked-1", "attempt": attempt, "request": wanted}))

@@ -24,7 +24,7 @@ from ..core.durable import write_json
 from ..core.errors import DeermlError
 from ..data.remote import Remote
 from .away import WORK, ask, bring
-from .runners import JOB, RESULT, Job, describe, finished, write_begin, write_end
+from .runners import ENDED, JOB, RESULT, Job, describe, finished, write_begin, write_end
 
 # %% ../../nbs/50_train/12_cloud.ipynb #c0723357
 GPUS = ("T4", "L4")
@@ -148,7 +148,7 @@ class Cloud:
 
     def status(self, run: Path) -> Job:
         attempt = json.loads((run / JOB).read_bytes()).get("attempt", "") if (run / JOB).exists() else ""
-        if not attempt or (run / RESULT).exists():
+        if not attempt or (run / RESULT).exists() or (run / ENDED).exists():
             return describe(run, False)
         if error := bring(self.remote, run, attempt):
             write_end(run, "failed", error)
