@@ -82,8 +82,8 @@ threading.Thread(target=beat, daemon=True).start()
 try:
     pip = [plan["python"], "-m", "pip", "install", "-q", *plan["install"]]
     code = run(pip) if plan["install"] else 0
-    code = code or run(plan["work"][2:])
-    if code and not (folder / "result.json").exists():
+    code = code or run(plan["work"])
+    if not (folder / "result.json").exists():
         error = dict(code="NO_RESULT", what=f"The training on Colab ended with {{code}} and left no result.")
         (folder / "result.json").write_text(json.dumps(dict(attempt=plan["attempt"], error=error)))
 finally:
