@@ -1,7 +1,7 @@
 """Two Colabs on this machine. `stand_in` is an executable that prints what google-colab-cli 0.7.5 prints; `local_colab`
 serves the endpoints that the real command line speaks to, in front of an ordinary Jupyter server.
 
-The real one needs Python 3.12 and packages of its own, so it is used where DEERML_COLAB_PYTHON names such an environment:
+The real one needs Python 3.12 and packages of its own, so it is used where COLAB_CLI_PYTHON names such an environment:
 
     python3.12 -m venv colab && colab/bin/pip install google-colab-cli==0.7.5 jupyter_server ipykernel
 """

@@ -34,8 +34,8 @@ from deerml.train.runners import ENDED, JOB, REQUEST
 from yards import AFTER, yard
 
 ROOT = Path(__file__).resolve().parents[1]
-COLAB_PYTHON = os.environ.get("DEERML_COLAB_PYTHON")
-SKY_PYTHON = os.environ.get("DEERML_SKY_PYTHON")
+COLAB_PYTHON = os.environ.get("COLAB_CLI_PYTHON")
+SKY_PYTHON = os.environ.get("SKYPILOT_PYTHON")
 
 # Stands for the Python of the machine: does, instead of training, what `does.txt` says, a word for each start.
 MACHINE = '''#!{python}
@@ -112,7 +112,7 @@ def colab(request, tmp_path, machine, remote, monkeypatch):
     if request.param == "stand-in":
         yield Colab(remote, str(remote.path), options=tuple((machine | {"command": (str(stand_in(tmp_path)),)}).items()))
     elif not COLAB_PYTHON:
-        pytest.skip("DEERML_COLAB_PYTHON names no Python with google-colab-cli")
+        pytest.skip("COLAB_CLI_PYTHON names no Python with google-colab-cli")
     else:
         with local_colab(tmp_path, COLAB_PYTHON) as (command, server):
             yield Colab(remote, str(remote.path), options=tuple((machine | {"command": (str(command),)}).items()))
@@ -126,7 +126,7 @@ def does(tmp_path, *words: str) -> None:
 def test_colab_trains_and_only_a_result_is_success(colab, run, tmp_path):
     does(tmp_path, "succeeds")
     assert colab.submit(run).state == "running"
-    assert wait_for(colab, run, 60).state == "finished", colab.logs(run)
+    assert wait_for(colab, run, 180).state == "finished", colab.logs(run)
     assert (colab.fetch(run) / "candidate/model.onnx").read_bytes() == b"weights" and "training with no key" in colab.logs(run)
     assert until(lambda: not at_work(run)) and not (run / ".colab").exists(), "the keys of the session are gone"
 
@@ -134,7 +134,7 @@ def test_colab_trains_and_only_a_result_is_success(colab, run, tmp_path):
 def test_colab_an_error_of_the_training_is_told_and_not_repeated(colab, run, tmp_path):
     does(tmp_path, "fails", "succeeds")
     colab.submit(run)
-    job = wait_for(colab, run, 60)
+    job = wait_for(colab, run, 180)
     assert job.state == "failed" and job.error["code"] == "NO_SPACE", colab.logs(run)
     assert (tmp_path / "does.txt").read_text() == "succeeds" and refused(colab.fetch, run).code == "NOT_FINISHED"
 
@@ -276,7 +276,7 @@ def test_what_a_budget_forbids_is_never_begun(cloud, run, tmp_path):
 
 
 def test_the_task_is_one_that_skypilot_knows(tmp_path):
-    "By the words of its schema; where DEERML_SKY_PYTHON names a Python with SkyPilot, by SkyPilot itself"
+    "By the words of its schema; where SKYPILOT_PYTHON names a Python with SkyPilot, by SkyPilot itself"
     task = task_for("20300101T020304-v0007-o'neil; rm -rf", "s3://bucket/yard", Budget())
     assert set(task) <= {"name", "resources", "num_nodes", "setup", "run", "envs", "workdir", "file_mounts"}
     assert set(task["resources"]) <= {"any_of", "disk_size", "autostop", "max_hourly_cost"} and task["num_nodes"] == 1
