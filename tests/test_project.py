@@ -111,6 +111,7 @@ def sound(tmp_path_factory) -> Path:
     colab = {"accelerator": "GPU", "colab": {"gpuType": "T4"}}
     change(root / "colab/train.ipynb", lambda notebook: notebook["metadata"].update(colab))
     export(root)
+    nb.write_copies(root)
     (root / "README.md").write_text(nb.readme_text(root), encoding="utf-8")
     return root
 

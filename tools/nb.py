@@ -6,7 +6,8 @@
     nbdev_export                                         # -> deerml/core/box.py
     python tools/nb.py run nbs/00_core/01_box.ipynb      # fresh outputs, then cleaned
     python tools/nb.py readme                            # nbs/index.ipynb -> README.md; owner's name into colab/;
-                                                         # colab/review.ipynb -> the package, for `deerml review --lab`
+                                                         # and both into the package, for `deerml review --lab`
+                                                         # and `deerml train --on local`
     python tools/nb.py order                             # every notebook in reading order
 
 `text` and `save` also take colab/*.ipynb. `text` without a file writes all notebooks.
@@ -214,7 +215,7 @@ def with_owner(notebook, root: Path = ROOT):
 
 
 # An installed deerml has no colab/, and yet opens the review notebook: the package holds a copy.
-COPIES = {"colab/review.ipynb": "deerml/review/static/review.ipynb"}
+COPIES = {"colab/review.ipynb": "deerml/review/static/review.ipynb", "colab/train.ipynb": "deerml/train/static/train.ipynb"}
 
 
 def write_copies(root: Path = ROOT) -> None:

@@ -24,6 +24,7 @@ from ..model.bundle import Bundle, Thresholds, champion, seal
 from ..ship.deploy import Deployed, adopt_current, deploy, rollback
 from ..ship.release import DatasetUsed, OwnerDecision, Release, list_releases
 from ..ship.release import publish as write_release
+from ..train.copies import clone_file
 from ..train.export import export, load_candidate
 
 # %% ../../nbs/90_app/02_conductor.ipynb #7ccaa65d
@@ -112,6 +113,7 @@ def adopt(
         raise DeermlError("NO_CHECKPOINT", f"There is no file {checkpoint}.", next_step="Name a best.pt.")
     path = home.runs / f"{now():%Y%m%dT%H%M%S}-adopted"
     path.mkdir(parents=True)
+    clone_file(checkpoint, path / "best.pt")  # a warm training goes on from it
     shown = [image_path(home.images, frame.image, frame.media_type) for frame in frames(store)[:PARITY_IMAGES]]
     candidate = load_candidate(export(checkpoint, path, home.settings.classes, image_size or home.settings.image_size, {}, shown))
     thresholds = Thresholds(shared=dict.fromkeys(candidate.serving.classes, threshold))

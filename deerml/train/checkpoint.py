@@ -198,7 +198,7 @@ def _download(url: str, path: Path) -> bytes:
         why = f"{getattr(error, 'reason', None) or error}."
     if why:
         raise DeermlError("DOWNLOAD", f"The base {path.stem} could not be downloaded.", why=why,
-                          next_step=f"Download {url} elsewhere and copy it to {path}, or give the path of a .pt file as the base.")
+                          next_step=f"Download {url} elsewhere and copy it to {path}, give the path of a .pt file as the base, or train without it: `deerml train --from-scratch`.")
     return data
 
 # %% ../../nbs/50_train/00_checkpoint.ipynb #6dec3313

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['TINY_VALUES', 'PRETRAINED_VALUES', 'SCRATCH_VALUES', 'RECORD', 'PRESETS', 'FROM_PRESET', 'TOOLS', 'Recipe',
-           'choose_device', 'options_of', 'read_training', 'tool_versions', 'train']
+           'choose_device', 'device_name', 'options_of', 'read_training', 'tool_versions', 'train', 'sweep']
 
 # %% ../../nbs/50_train/03_recipe.ipynb #f2d1cdd3
 import json
 import os
+import platform
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -23,8 +24,8 @@ from ..core.clock import now, stamp
 from ..core.durable import folder_lock, sha256_file, write_json
 from ..core.errors import DeermlError
 from .checkpoint import TINY, find_base, quiet_ultralytics
-from .copies import Material, check_space, copy_material, read_material
-from .session import Plan, Progress, explained, logged, on_screen, open_session
+from .copies import Material, check_space, copy_material, read_material, replay_counts
+from .session import Plan, Progress, explained, finish, has_ended, logged, on_screen, open_session
 
 # %% ../../nbs/50_train/03_recipe.ipynb #9ef8c14f
 TINY_VALUES = {"image_size": 160, "epochs": 30, "batch": 8, "learning_rate": 0.002, "warmup_epochs": 1.0, "mosaic": 0.0, "scale": 0.3,
@@ -56,6 +57,7 @@ class Recipe:
     validate: bool = FROM_PRESET  # look at the val images after each epoch, and use the best epoch?
     patience: int = FROM_PRESET  # stop after so many epochs without a better score; 0: never
     cache_images: bool = FROM_PRESET  # keep decoded images in memory?
+    replay: bool = False  # show images of rare cameras, of the rarer light and of the rarer age more often?
     minutes: float | None = None  # limit of one call; fewer epochs are done when it is short
     seed: int = 0
     threads: int = 2  # of PyTorch on a CPU; a small model gains a third from the second and little from more
@@ -107,9 +109,22 @@ def _check_recipe(recipe: Recipe) -> None:
 
 # %% ../../nbs/50_train/03_recipe.ipynb #091250fc
 def choose_device(asked: str = "") -> str:
-    "A GPU if there is one"
+    "A GPU if there is one. Raises `NO_GPU` when one was asked for that is not there."
     import torch
-    return asked or ("0" if torch.cuda.is_available() else "cpu")
+    there = [str(number) for number in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    if missing := [one for one in asked.split(",") if one not in ("", "cpu", "mps", *there)]:
+        found = f"PyTorch {torch.__version__} finds {len(there) or 'no'} GPU{'s' if len(there) > 1 else ''} here."
+        raise DeermlError("NO_GPU", f"There is no GPU {missing[0]!r}.", why=found, next_step="Train with `--device cpu`, or install the driver and a PyTorch built for it, or train on Colab.")
+    return asked or ("0" if there else "cpu")
+
+
+def device_name(device: str) -> str:
+    "As people know it: \"Tesla T4\", \"AMD EPYC 7B13\""
+    import torch
+    if device.split(",")[0].isdecimal():
+        return torch.cuda.get_device_name(int(device.split(",")[0]))
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor() or platform.machine())
 
 # %% ../../nbs/50_train/03_recipe.ipynb #31a83862
 def options_of(
@@ -177,7 +192,7 @@ def _check_resume(run_dir: Path, new: Mapping[str, Any]) -> dict[str, Any]:
     old = read_training(run_dir)
     if old["state"] == "finished":
         raise DeermlError("RUN_FINISHED", f"The run {run_dir.name} is finished: there is nothing to resume.", next_step="Start a new run, from its weights if you like.")
-    changed = [name for name, value in new["recipe"].items() if old["recipe"].get(name) != value and name not in MAY_CHANGE]
+    changed = [name for name, value in new["recipe"].items() if old["recipe"].get(name, value) != value and name not in MAY_CHANGE]
     changed += ["the dataset"] if old["dataset"]["manifest_sha256"] != new["dataset"]["manifest_sha256"] else []
     if changed:
         raise DeermlError("RESUME_MISMATCH", f"The run {run_dir.name} cannot go on with something else.", why=f"Changed: {', '.join(changed)}.",
@@ -194,28 +209,39 @@ def train(
 ) -> Path:  # the weights to use: best.pt, or last.pt where nothing was validated
     """Train on copies of a dataset.
 
-    Raises as `read_material` and `find_base` do, and `RUN_EXISTS`, `RUN_FINISHED`, `RESUME_MISMATCH`, `NO_SPACE`, `BUSY`,
+    Raises as `read_material` and `find_base` do, and `NO_GPU`, `RUN_EXISTS`, `RUN_FINISHED`, `RESUME_MISMATCH`, `NO_SPACE`, `BUSY`,
     `OUT_OF_MEMORY`, `TRAINING_FAILED`. The copies stay in `run_dir/data` for the export; whoever is done may delete them.
     """
     run_dir = _usable_folder(Path(run_dir).resolve(), resume)
     quiet_ultralytics()
+    choose_device(recipe.device)
     material = read_material(Path(dataset_dir))
     with folder_lock(run_dir):
         record = _new_record(material, recipe)
         if resume:
             record |= _check_resume(run_dir, record)
         with _recorded(run_dir, record), explained(run_dir):
+            sweep(run_dir)
             goes_on = resume and (run_dir / "last.pt").exists()  # then what it began with is no longer needed
             base = run_dir / "last.pt" if goes_on else find_base(recipe.base, run_dir)
             if not goes_on:
                 record["base_sha256"] = sha256_file(base) if base.is_file() else None
             check_space(run_dir, material, recipe.reserve_mb)
-            data = copy_material(material, run_dir / "data")
-            _run(run_dir, data, base, material, recipe, on_progress, goes_on)
+            data = copy_material(material, run_dir / "data", replay_counts(material) if recipe.replay else {})
+            if goes_on and has_ended(base, recipe.epochs, recipe.patience):
+                finish(run_dir)
+            else:
+                record["pace"] = _run(run_dir, data, base, material, recipe, on_progress, goes_on)
             record["weights"] = "best.pt" if (run_dir / "best.pt").exists() else "last.pt"
     return run_dir / record["weights"]
 
 # %% ../../nbs/50_train/03_recipe.ipynb #dfc54231
+def sweep(run_dir: Path) -> None:
+    "A process that was killed while it wrote leaves a part of a file behind"
+    for path in (*run_dir.glob(".*.tmp"), *run_dir.glob(".*.old")):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+# %% ../../nbs/50_train/03_recipe.ipynb #b4e02353
 def _usable_folder(run_dir: Path, resume: bool) -> Path:
     if "'" in str(run_dir):
         raise DeermlError("BAD_RUN_FOLDER", f"A training cannot be kept in {run_dir}.", why="Ultralytics takes apostrophes out of paths.", next_step="Choose another folder.")
@@ -227,20 +253,22 @@ def _usable_folder(run_dir: Path, resume: bool) -> Path:
     return run_dir
 
 # %% ../../nbs/50_train/03_recipe.ipynb #c829c09b
-def _run(run_dir: Path, data: Path, base: Path, material: Material, recipe: Recipe, on_progress: Progress | None, goes_on: bool) -> None:
+def _run(run_dir: Path, data: Path, base: Path, material: Material, recipe: Recipe, on_progress: Progress | None, goes_on: bool) -> dict[str, Any]:
     import torch
     validates = recipe.validate and material.validates
     images = tuple(path.name for path in material.splits["train"].images)
     progress = on_screen(on_progress) if on_progress else None
     plan = Plan(base, images, validates, recipe.epochs, recipe.threads, recipe.freeze_epochs, progress)
     last = {"resume": str(base)} if goes_on else {}
-    options = options_of(recipe, choose_device(recipe.device), len(material.splits["train"].sizes) == 1)
-    threads = torch.get_num_threads()
+    device, threads = choose_device(recipe.device), torch.get_num_threads()
+    options = options_of(recipe, device, len(material.splits["train"].sizes) == 1)
     try:
         with logged(run_dir / "train.log"):
-            open_session(plan, options | {"model": "base.yaml", "data": str(data), "save_dir": str(run_dir), "val": validates} | last).train()
+            session = open_session(plan, options | {"model": "base.yaml", "data": str(data), "save_dir": str(run_dir), "val": validates} | last)
+            session.train()
     finally:
         torch.set_num_threads(threads)
+    return {"device": device_name(device), "seconds_an_image": session.pace()}
 
 # %% ../../nbs/50_train/03_recipe.ipynb #29dcb291
 @contextmanager
