@@ -18,14 +18,11 @@ from deerml.app import training
 from deerml.app.cli import app
 from deerml.app.training import (
     carry_out,
-    find_job,
     find_run,
-    list_jobs,
     list_runs,
     recipe_for,
     request_candidates,
     request_run,
-    resume_run,
     submit_candidate,
     submit_training,
 )
@@ -37,6 +34,7 @@ from deerml.data.remote import FolderRemote
 from deerml.data.version import freeze
 from deerml.train import local as local_room
 from deerml.train.copies import spot_dataset
+from deerml.train.jobs import find_job, list_jobs, resume_run
 from deerml.train.local import Local, at_work, wait_for
 from deerml.train.mirror import mirrored, push_state, read_pointer
 from deerml.train.recipe import Recipe, choose_device, read_training, train
