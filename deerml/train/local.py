@@ -191,6 +191,8 @@ class Local:
     def _start(self, run: Path, lock: int) -> None:
         gentle = [*(["nice", "-n", "10"] if shutil.which("nice") else []), *(["ionice", "-c", "3"] if shutil.which("ionice") else [])]
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(self.cpus))
+        for pid in _processes(run):
+            _kill(pid)  # a kernel that outlived the process of an earlier attempt
         write_begin(run, self.name, cpus=self.cpus)
         with open(run / LOG, "ab") as log:
             subprocess.Popen([*gentle, self.python, "-c", WORKER, str(run), str(self.cpus)], stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=run,
