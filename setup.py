@@ -18,7 +18,7 @@ DATA = "html css js svg yaml toml json txt ipynb".split()
 
 suffix = "_requirements"
 extras = {key.removesuffix(suffix): listed(key) for key in about if key.endswith(suffix)}
-extras["dev"] += extras["train"] + extras["notebook"] + extras["postgres"]
+extras["dev"] += extras["train"] + extras["notebook"] + extras["postgres"] + extras["drive"]
 
 setup(
     name=about["lib_name"],

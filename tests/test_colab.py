@@ -56,7 +56,7 @@ def reviewed(tmp_path, monkeypatch):
     monkeypatch.delenv("DEERML_HOME", raising=False)
     monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)  # the kernel must find this deerml, and must not install another
     (tmp_path / "drive").mkdir()
-    store = yard(tmp_path / "yard", nights=2, review_remote=str(tmp_path / "drive"))
+    store = yard(tmp_path / "yard", nights=2, review_remote=str(tmp_path / "drive"), people="show")
     close_night(store, START.date().isoformat(), None)
     yield store
     store.close()

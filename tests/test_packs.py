@@ -27,15 +27,14 @@ from deerml.core.errors import DeermlError
 from deerml.core.settings import Home
 from deerml.data.packs import (
     NEWEST,
-    left,
     make_review_pack,
     open_newest_review,
     open_review_pack,
-    outgoing_copy,
     push_review_pack,
     read_review_pack,
     waiting_windows,
 )
+from deerml.data.privacy import left, outgoing_copy
 from deerml.data.remote import FolderRemote
 from deerml.data.verdicts import ReviewPlace, export_verdicts, merge_verdicts, push_verdicts, send_verdicts, sync_review
 from deerml.model.bundle import Bundle, Thresholds, seal, spot_draft, spot_model
@@ -54,7 +53,7 @@ class Server:
         self.path, self.folder = path, path / "drive"
         self.folder.mkdir(parents=True)
         self.remote = FolderRemote(self.folder)
-        self.store = Store.open(Home.create(path / "yard", zone="America/Chicago", review_remote=str(self.folder)))
+        self.store = Store.open(Home.create(path / "yard", zone="America/Chicago", review_remote=str(self.folder), people="show"))
         (path / "model.onnx").write_bytes(spot_model(["deer"]))
         self.bundle = seal(path / "model.onnx", spot_draft(["deer"]), Thresholds(shared={"deer": 0.5}, cameras={"gate": {"deer": 0.6}}), "none", self.store.home.bundles)
         (self.store.home.models / "current").symlink_to(f"bundles/{self.bundle.digest}")
@@ -177,7 +176,7 @@ def test_every_photograph_that_left_is_written_down(server):
     pack = server.push()
     server.push()
     rows = left(server.store.home)
-    assert {(row["image"], row["outgoing"]) for row in rows} == set(pack.copies) and len(rows) == FRAMES
+    assert {(row["image"], row["outgoing"]) for row in rows} == {(one.image, one.outgoing) for one in pack.copies} and len(rows) == FRAMES
     assert {row["image"] for row in rows} == {frame.image for frame in frames(server.store)} and {row["pack"] for row in rows} == {pack.digest}
 
 

@@ -8,10 +8,12 @@ from typer.testing import CliRunner
 from deerml.app.cli import app
 from deerml.capture.store import Store, frames, record_inference
 from deerml.capture.truth import FrameStatement, record
+from deerml.core.box import Box
 from deerml.core.errors import DeermlError
 from deerml.judge import power
 from deerml.judge.yard import yard_of
 from deerml.model.bundle import Thresholds, seal, spot_draft, spot_model
+from deerml.model.detector import Detection
 from deerml.review.queue import close_night
 from yards import yard
 
@@ -45,6 +47,20 @@ def test_the_champion_is_measured_by_what_it_said_when_it_acted(reviewed, tmp_pa
         record_inference(store, bundle.digest, [(frame.id, [], False) for frame in frames(store)], role="judge")
         measured = yard_of(store, bundle)
     assert (measured.yard.recall, measured.yard.false_alarms_per_night, measured.notes) == (0.3, 0.02, ())  # the least that is simulated
+
+
+def test_nights_before_the_champion_acted_do_not_hide_what_it_did(reviewed, tmp_path):
+    model = tmp_path / "model.onnx"
+    model.write_bytes(spot_model(["deer"]))
+    with Store.open(power_home(reviewed)) as store:
+        bundle = seal(model, spot_draft(["deer"]), Thresholds(shared={"deer": 0.5}), "none", store.home.bundles)
+        newest = max(frame.night for frame in frames(store))
+        later = [frame for frame in frames(store) if frame.night == newest]
+        loud = [(frame.id, [Detection("deer", 0.9, Box(1, 1, 9, 9))], True) for frame in later]  # nowhere near an animal
+        record_inference(store, bundle.digest, loud)
+        measured = yard_of(store, bundle)
+    assert measured.yard.false_alarms_per_night > 1 and measured.yard.recall == 0.75
+    assert [note.startswith("Too few visits") for note in measured.notes] == [True]
 
 
 def power_home(path):

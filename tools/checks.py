@@ -161,7 +161,7 @@ def misplaced_notebooks(root: Path) -> list[str]:
             complaints.append(f"{module}: is exported by {names}")
     for path in notebooks(root):
         name = path.relative_to(root / "nbs").with_suffix("").as_posix()
-        match = re.fullmatch(r"(\d\d)_(\w+)/(\d\d)_(\w+)", name)
+        match = re.fullmatch(r"(\d\d)_(\w+)/(\d\d[a-z]?)_(\w+)", name)
         if name != "index" and not match:
             complaints.append(f"nbs/{name}.ipynb: a notebook is named like 00_core/01_box.ipynb")
         elif match:

@@ -20,7 +20,7 @@ from typer.core import TyperGroup
 from ..core.errors import DeermlError
 
 # %% ../../nbs/90_app/11_terminal.ipynb #976ac1a5
-ORDER = ("init", "import", "review", "sync", "prepare", "train", "runs", "gate", "case", "publish", "deploy", "rollback", "adopt", "doctor", "backup", "restore", "verify", "retain", "demo")
+ORDER = ("init", "import", "review", "drive", "sync", "prepare", "train", "runs", "gate", "case", "publish", "deploy", "rollback", "adopt", "doctor", "backup", "restore", "verify", "retain", "demo")
 
 
 class InOrder(TyperGroup):
@@ -104,20 +104,21 @@ def command(parent: typer.Typer, name: str, **options: Any) -> Callable:
 # %% ../../nbs/90_app/11_terminal.ipynb #25e249f9
 @contextmanager
 def progress(label: str, as_json: bool = False) -> Iterator[Callable[[str, int, int], None]]:
-    "A callable `(what, done, total)` that draws a bar"
+    "A callable `(what, done, total)` that draws a bar; `bytes` are shown as megabytes"
     if as_json or not sys.stderr.isatty():
         yield lambda what, done, total: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    columns = TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True)
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    columns = TextColumn("{task.description:<28}"), BarColumn(), TextColumn("{task.fields[count]}"), TimeRemainingColumn(compact=True)
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         tasks: dict[str, Any] = {}
 
         def show(what: str, done: int, total: int) -> None:
+            count = f"{done / 1e6:.1f}/{total / 1e6:.1f} MB" if what == "bytes" else f"{done}/{total}"
             if what not in tasks:
-                tasks[what] = bars.add_task(f"{label}: {what}" if what else label, total=total)
-            bars.update(tasks[what], completed=done, total=total)
+                tasks[what] = bars.add_task(f"{label}: {what}" if what else label, total=total, count=count)
+            bars.update(tasks[what], completed=done, total=total, count=count)
 
         yield show
 

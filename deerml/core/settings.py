@@ -58,12 +58,21 @@ class Settings(BaseSettings):
     retention_days: int = Field(21, ge=21, description="No picture is deleted before it was stored for this many days, and no reviewed one ever.")
     images_gb: float = Field(0, ge=0, description="Disk space in GB that pictures may take; 0 for no bound. The oldest unreviewed empty ones go first.")
     review_remote: str = Field("", description="A folder that review packs with photographs may go to, for example on a mounted drive, so that you can review away from here. Empty: no photograph leaves.")
+    remote: str = Field("", description="Where datasets for a training elsewhere go: a folder, or s3://bucket/folder, or gs://bucket/folder. Empty: nothing leaves.")
+    leave: Literal["nothing", "labelled"] = Field("nothing", description="The photographs that may go to that remote: nothing, or labelled (the train and val frames of a frozen dataset; test frames never).")
+    never_leave: Annotated[list[str], NoDecode] = Field([], description='Cameras and hours whose photographs never leave, also not for a review: ["garden", "gate 06:30-22:00", "* 12:00-13:00"], local time.')
+    people: Literal["withhold", "blur", "show"] = Field("withhold", description="What becomes of a photograph with people that would leave: withhold, blur (the people on it), or show (leave it as it is).")
+    people_bundle: str = Field("", pattern="^([0-9a-f]{64})?$", description="Digest of a bundle that knows people (trained on COCO, say); its stored detections tell which photographs show some. Empty: people_hours tell.")
+    people_labels: Annotated[list[str], NoDecode] = Field(["person"], min_length=1, description="How that bundle, or your own classes, call a person.")
+    people_score: float = Field(0.15, gt=0, lt=1, description="A box of that bundle is a person from this score on: low, because a person overlooked costs more than a photograph withheld.")
+    people_hours: Annotated[list[str], NoDecode] = Field([], description="Without people_bundle: cameras and hours when people may be on a photograph, written as in never_leave; then it is withheld.")
+    leave_side: int = Field(0, ge=0, le=8192, description="Long side in pixels that photographs for a training elsewhere are scaled down to; 0: as large as they are.")
     max_upload_mb: int = Field(32, ge=1, le=1024, description="The largest image in MB that the server takes.")
     keep_bundles: int = Field(5, ge=2, description="Deployed models that stay on the disk for a way back.")
     keep_backups: Annotated[list[int], NoDecode] = Field([7, 4, 12], min_length=3, max_length=3, description="Daily, weekly and monthly backups that are kept.")
     reserve_mb: int = Field(512, ge=0, description="Disk space in MB that deerml never uses.")
 
-    @field_validator("classes", "keep_backups", mode="before")
+    @field_validator("classes", "keep_backups", "never_leave", "people_labels", "people_hours", mode="before")
     @classmethod
     def _split_text(cls, value: Any) -> Any:
         return [part.strip() for part in value.split(",")] if isinstance(value, str) else value

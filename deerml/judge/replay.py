@@ -59,6 +59,14 @@ class SpanNights:
     seen: tuple[str, ...]
     not_over: tuple[str, ...]
 
+# %% ../../nbs/60_judge/11_replay.ipynb #5c2ab7e4
+def _captured(store: Store) -> str:
+    "Between which nights there is something to replay, in words"
+    table = schema.frame.c
+    with store.read() as connection:
+        first, last = connection.execute(sa.select(sa.func.min(table.night), sa.func.max(table.night)).where(table.taken_at.is_not(None))).one()
+    return f", for example --replay {first}..{last}" if first else ""
+
 # %% ../../nbs/60_judge/11_replay.ipynb #51e782b8
 def nights_of_span(store: Store, models: Sequence[Origin], first: str, last: str, at: datetime) -> SpanNights:
     "Sort the nights of a span. Raises `NO_FRAMES`, `NO_NIGHTS`, `NIGHT_SEEN`."
@@ -73,7 +81,7 @@ def nights_of_span(store: Store, models: Sequence[Origin], first: str, last: str
     later = tuple(sorted(night for night, end in there.items() if end > at))
     found = SpanNights(counted, tuple(sorted(there.keys() - set(counted) - set(later))), later)
     if not there:
-        raise DeermlError("NO_FRAMES", f"No camera has frames of the nights from {first} to {last}.", next_step="Ask for nights that were captured.")
+        raise DeermlError("NO_FRAMES", f"No camera has frames of the nights from {first} to {last}.", next_step=f"Ask for nights that were captured{_captured(store)}.")
     if not counted:
         raise _no_nights(found, models, at)
     return found

@@ -7,6 +7,7 @@ __all__ = ['KNOWN_VISITS', 'SANE', 'Measured', 'yard_of']
 
 # %% ../../nbs/60_judge/14_yard.ipynb #33cbe5a9
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from ..capture.store import Store, detections
 from ..core.errors import DeermlError
 from .collect import evidence_of
-from .evidence import Evidence, Sample, drawn_only, sample_of
+from .evidence import Evidence, drawn_only, sample_of
 from .metrics import decide, false_alarms, peaks_of, visit_recall
 from .power import NIGHTS_A_MONTH, Yard
 from ..model.bundle import Bundle
@@ -45,20 +46,30 @@ def yard_of(
     if sample.selection != "drawn" or not sample.visits:
         raise DeermlError("RATE_UNKNOWN", "How many visits come to this yard is not known.", why="No visit was reviewed in a window that was drawn.", next_step="Review what `deerml review` asks, at least until an animal came.")
     nights = len({night for _, night in sample.watched})
-    figures, notes = _champion_figures(store, acting, evidence, sample)
+    figures, notes = _champion_figures(store, acting, evidence)
     yard = Yard(
         visits_per_month=float(sample.visit_weight.sum()) / nights * NIGHTS_A_MONTH, cameras=len({camera for camera, _ in sample.watched}),
         nightly_windows=math.ceil(settings.weekly_windows / 7),
         **{name: float(np.clip(figures.get(name, default), *SANE[name])) for name, default in (("recall", Yard.recall), ("false_alarms_per_night", settings.false_alarms_per_night))})
     return Measured(yard, nights, sample.visits, tuple(notes))
 
+# %% ../../nbs/60_judge/14_yard.ipynb #7be0d3a5
+def _asked(evidence: Evidence, seen: Mapping[int, Sequence]) -> Evidence:
+    "The nights of which the model saw every frame"
+    missed = {(frame.camera, frame.night) for frame in evidence.frames if frame.frame_id not in seen}
+    frames = tuple(frame for frame in evidence.frames if (frame.camera, frame.night) not in missed)
+    ids = {frame.frame_id for frame in frames}
+    hours = {night: watched for night, watched in evidence.exposure_hours.items() if night not in missed}
+    return Evidence(frames, tuple(visit for visit in evidence.visits if ids.issuperset(visit.frame_ids)), hours, evidence.classes)
+
 # %% ../../nbs/60_judge/14_yard.ipynb #332e5afd
-def _champion_figures(store: Store, acting: Bundle | None, evidence: Evidence, sample: Sample) -> tuple[dict[str, float], list[str]]:
+def _champion_figures(store: Store, acting: Bundle | None, evidence: Evidence) -> tuple[dict[str, float], list[str]]:
     "Recall and false alarms of the model that acts, as far as they are known, and what has to be assumed instead"
     seen = detections(store, acting.digest, [frame.frame_id for frame in evidence.frames]) if acting else {}
-    if acting is None or evidence.position.keys() - seen.keys():
+    known = _asked(evidence, seen)
+    if acting is None or not known.frames:
         return {}, [f"The champion was not asked about these frames: it is taken to find {Yard.recall:.0%} of the visits and to use its budget of false alarms."]
-    done = decide(evidence, peaks_of(evidence, seen), acting.serving.thresholds)
+    done, sample = decide(known, peaks_of(known, seen), acting.serving.thresholds), sample_of(known)
     figures = {"false_alarms_per_night": false_alarms(done.alarms, sample)["per_camera_night"]}
     if sample.visits >= KNOWN_VISITS:
         return figures | {"recall": visit_recall(done.hits, sample.visit_weight)}, []
