@@ -282,3 +282,11 @@ def test_two_candidates_are_trained_compared_and_one_is_left(tmp_path, monkeypat
     warm = next(name for name in told["chosen"]["figures"] if name.endswith("warm"))
     recipe = json.loads((home.runs / warm / "training.json").read_bytes())["recipe"]
     assert Path(recipe["base"]).parent.name.endswith("adopted") and recipe["replay"] and recipe["epochs"] == 1
+
+
+def test_a_run_that_only_the_remote_has_is_resumed_from_there_at_the_prompt(home, tmp_path):
+    (tmp_path / "drive").mkdir()
+    words = ["train", "--resume", "nobody", "--remote", str(tmp_path / "drive"), "--home", str(home.path), "--json"]
+    assert json.loads(CliRunner().invoke(app, words).stdout)["error"]["code"] == "NOT_THERE"
+    words[4] = str(tmp_path / "not mounted")
+    assert json.loads(CliRunner().invoke(app, words).stdout)["error"]["code"] == "NO_REMOTE" and not list_jobs(home)

@@ -76,7 +76,7 @@ def train_command(
     notebook: Annotated[Path | None, typer.Option(help="With --on: another notebook than the training notebook.", show_default=False)] = None,
     parameter: Annotated[list[str] | None, typer.Option("--parameter", "-p", help="With --on: NAME=VALUE for the notebook.", show_default=False)] = None,
     resume: Annotated[str | None, typer.Option(help="Go on with this run, which was interrupted.", show_default=False)] = None,
-    remote: Annotated[Path | None, typer.Option(help="A folder, as on a mounted drive, that gets the checkpoints every few minutes, and that --resume may take them from.", show_default=False)] = None,
+    remote: Annotated[str | None, typer.Option(help="A folder, as on a mounted drive, or s3://bucket/folder or gs://bucket/folder, that gets the checkpoints every few minutes, and that --resume takes them from on another machine.", show_default=False)] = None,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -108,13 +108,13 @@ def _estimated(home: Any, recipe: Any, dataset: str | None, as_json: bool, alone
     return told.to_dict()
 
 
-def _trained(home: Any, names: list[str], remote: Path | None, told: dict[str, Any] | None, as_json: bool) -> None:
+def _trained(home: Any, names: list[str], remote: str | None, told: dict[str, Any] | None, as_json: bool) -> None:
     "Carry out what was asked for; of several candidates one is chosen"
     from deerml.app.training import carry_out
     from deerml.app.trial import choose_candidate
     from deerml.capture.store import Store
-    from deerml.data.remote import FolderRemote
-    drive = FolderRemote(remote) if remote else None
+    from deerml.data.bucket import open_remote
+    drive = open_remote(remote) if remote else None
     with progress("train", as_json) as show:
         runs = {name: carry_out(home, name, lambda _what, done, total, name=name: show(name.rpartition("-")[2] if len(names) > 1 else "epochs", done, total), drive) for name in names}
     chosen = None

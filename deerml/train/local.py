@@ -232,8 +232,8 @@ def _kill(pid: int) -> None:
 
 # %% ../../nbs/50_train/06_local.ipynb #95f1fe36
 def wait_for(runner: Any, run: Path, seconds: float) -> Job:
-    "Until a job has ended, or the time is over"
+    "Until a job has ended, with the notebook that goes on for a moment after its result, or the time is over"
     until = time.monotonic() + seconds
-    while (job := runner.status(run)).state == "running" and time.monotonic() < until:
+    while ((job := runner.status(run)).state == "running" or at_work(run)) and time.monotonic() < until:
         time.sleep(0.1)
     return job
