@@ -78,7 +78,7 @@ def recipe(**chosen) -> Recipe:
     return Recipe("tiny", **{"image_size": 96, "epochs": 2, "batch": 4, "reserve_mb": 10, "threads": 1} | chosen)
 
 
-def until(true, seconds=30.0) -> bool:
+def until(true, seconds=90.0) -> bool:
     end = time.monotonic() + seconds
     while not true() and time.monotonic() < end:
         time.sleep(0.05)
@@ -112,7 +112,7 @@ def test_a_job_whose_process_was_killed_is_noticed_and_goes_on(home, tmp_path):
     assert until(lambda: find_job(home, job.id).state == "died") and code_of(Local().fetch, job.path) == "NOT_FINISHED"
     notebook(tmp_path, WORKS)
     assert resume_run(home, job.id, Local()).state == "running" and not Path(f"/proc/{kernel}/cwd").exists(), "a kernel that is left over is ended"
-    assert wait_for(Local(), job.path, 60).state == "finished" and "seconds 7" in Local().logs(job.path), Local().logs(job.path)
+    assert wait_for(Local(), job.path, 120).state == "finished" and "seconds 7" in Local().logs(job.path), Local().logs(job.path)
     assert code_of(resume_run, home, job.id, Local()) == "RUN_FINISHED" and Local().fetch(job.path) == job.path
 
 
