@@ -9,13 +9,13 @@ __all__ = ['prepare_away', 'work_away', 'remote_from', 'main']
 import argparse
 from pathlib import Path
 
-from .training import Run, carry_out
 from ..core.durable import sha256_bytes, write_file, write_json
 from ..core.errors import DeermlError
 from ..core.settings import FILE_NAME, Home
 from ..data.pull import pull_dataset
 from ..data.remote import Remote
 from ..train.away import pack_result, push_failure, push_result, read_asked
+from ..train.jobs import Run, carry_out
 from ..train.mirror import fetch_state, read_pointer
 from ..train.runners import REQUEST
 
