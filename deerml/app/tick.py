@@ -88,9 +88,11 @@ def draw_step(turn: Turn) -> Due | None:
 # %% ../../nbs/90_app/02b_tick.ipynb #027c1dda
 def freeze_step(turn: Turn) -> Due | None:
     "The periodic export, whether or not a training is due"
-    days, last = turn.home.settings.export_days, turn.memory.get("frozen_at")
+    settings, last, versions = turn.home.settings, turn.memory.get("frozen_at"), list_versions(turn.home.datasets)
     early = timedelta(hours=1)  # a timer is never exact
-    if not days or (last and turn.at - parse_time(last) < timedelta(days=days) - early) or not _reviewed(turn.store):
+    if not settings.export_days or (last and turn.at - parse_time(last) < timedelta(days=settings.export_days) - early) or not _reviewed(turn.store):
+        return None
+    if versions and versions[-1].data_until and turn.at - timedelta(days=settings.exam_nights) < versions[-1].data_until:
         return None
 
     def do() -> str:
