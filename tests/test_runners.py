@@ -18,14 +18,11 @@ from deerml.app import training
 from deerml.app.cli import app
 from deerml.app.training import (
     carry_out,
-    find_job,
     find_run,
-    list_jobs,
     list_runs,
     recipe_for,
     request_candidates,
     request_run,
-    resume_run,
     submit_candidate,
     submit_training,
 )
@@ -37,6 +34,7 @@ from deerml.data.remote import FolderRemote
 from deerml.data.version import freeze
 from deerml.train import local as local_room
 from deerml.train.copies import spot_dataset
+from deerml.train.jobs import find_job, list_jobs, resume_run
 from deerml.train.local import Local, at_work, wait_for
 from deerml.train.mirror import mirrored, push_state, read_pointer
 from deerml.train.recipe import Recipe, choose_device, read_training, train
@@ -80,7 +78,7 @@ def recipe(**chosen) -> Recipe:
     return Recipe("tiny", **{"image_size": 96, "epochs": 2, "batch": 4, "reserve_mb": 10, "threads": 1} | chosen)
 
 
-def until(true, seconds=30.0) -> bool:
+def until(true, seconds=90.0) -> bool:
     end = time.monotonic() + seconds
     while not true() and time.monotonic() < end:
         time.sleep(0.05)
@@ -109,12 +107,12 @@ def test_a_job_whose_process_was_killed_is_noticed_and_goes_on(home, tmp_path):
     asked = notebook(tmp_path, SLEEPS)
     job = submit_training(home, Local(), recipe(), notebook=asked, parameters={"seconds": 7})
     assert until(lambda: len(local_room._processes(job.path)) >= 2)
-    for pid in local_room._processes(job.path):
-        os.kill(pid, signal.SIGKILL)
+    worker, kernel = sorted(local_room._processes(job.path))[:2]
+    os.kill(worker, signal.SIGKILL)
     assert until(lambda: find_job(home, job.id).state == "died") and code_of(Local().fetch, job.path) == "NOT_FINISHED"
     notebook(tmp_path, WORKS)
-    assert resume_run(home, job.id, Local()).state == "running"
-    assert wait_for(Local(), job.path, 60).state == "finished" and "seconds 7" in Local().logs(job.path), Local().logs(job.path)
+    assert resume_run(home, job.id, Local()).state == "running" and not Path(f"/proc/{kernel}/cwd").exists(), "a kernel that is left over is ended"
+    assert wait_for(Local(), job.path, 120).state == "finished" and "seconds 7" in Local().logs(job.path), Local().logs(job.path)
     assert code_of(resume_run, home, job.id, Local()) == "RUN_FINISHED" and Local().fetch(job.path) == job.path
 
 
@@ -284,3 +282,11 @@ def test_two_candidates_are_trained_compared_and_one_is_left(tmp_path, monkeypat
     warm = next(name for name in told["chosen"]["figures"] if name.endswith("warm"))
     recipe = json.loads((home.runs / warm / "training.json").read_bytes())["recipe"]
     assert Path(recipe["base"]).parent.name.endswith("adopted") and recipe["replay"] and recipe["epochs"] == 1
+
+
+def test_a_run_that_only_the_remote_has_is_resumed_from_there_at_the_prompt(home, tmp_path):
+    (tmp_path / "drive").mkdir()
+    words = ["train", "--resume", "nobody", "--remote", str(tmp_path / "drive"), "--home", str(home.path), "--json"]
+    assert json.loads(CliRunner().invoke(app, words).stdout)["error"]["code"] == "NOT_THERE"
+    words[4] = str(tmp_path / "not mounted")
+    assert json.loads(CliRunner().invoke(app, words).stdout)["error"]["code"] == "NO_REMOTE" and not list_jobs(home)

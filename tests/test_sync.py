@@ -27,7 +27,7 @@ from deerml.core.errors import DeermlError
 from deerml.core.settings import Home
 from deerml.data import push as pushing
 from deerml.data import shelf as shelf_module
-from deerml.data.bucket import FsspecRemote
+from deerml.data.bucket import FsspecRemote, open_remote
 from deerml.data.custody import sync_status, verify_remote, what_left
 from deerml.data.manifest import open_version, verify_version
 from deerml.data.packs import make_review_pack
@@ -644,3 +644,25 @@ def test_a_client_that_is_missing_says_what_to_install(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", lambda name, *rest, **more: (_ for _ in ()).throw(ImportError(f"No module named {name!r}")) if name == "fsspec" else real(name, *rest, **more))
     with pytest.raises(DeermlError, match=r"deerml\[gcs\]"):
         FsspecRemote("gs://yard/deerml")
+
+
+def test_a_google_drive(house):
+    for needed in ("pydrive2", "stamina", "google_auth_oauthlib"):
+        pytest.importorskip(needed, reason="Google Drive is not installed: pip install 'deerml[drive]'")
+    from deerml.data.drive_account import ACCOUNT_FILE, Account, write_account
+    from deerml.data.packs import allowed_remote
+    from drive_server import OWN, ROOT, SEE, DriveServer
+    with DriveServer() as server:
+        folder = server.add("deerml", ROOT, "server", folder=True).id
+        info = {"refresh_token": server.login("server", (OWN, SEE)), "client_id": "server", "client_secret": "hush", "token_uri": f"{server.address}/token"}
+        write_account(house.store.home.path / ACCOUNT_FILE, Account("user", info, (OWN, SEE), folder, email=server.email, api=server.address))
+        house.set(remote="drive", review_remote="drive")
+        remote = pushing.allowed_training_remote(house.store.home)
+        assert allowed_remote(house.store.home).place == remote.place != ""
+        cycle(house, remote)
+
+
+def test_a_drive_without_a_login_says_so(house):
+    house.set(remote="drive")
+    assert code_of(house.push) == "NO_ACCOUNT"
+    assert code_of(lambda: open_remote("drive")) == "BAD_REMOTE"

@@ -17,7 +17,7 @@ from .terminal import HomeOption, JsonOption, app, command, home_at, progress, s
 # %% ../../nbs/90_app/14c_cli_sync.ipynb #38b693c8
 sync_app = typer.Typer(no_args_is_help=True, help="Exchange datasets and reviews with a place that other computers reach.")
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would happen; change nothing.")]
-FromOption = Annotated[str, typer.Option("--from", help="A folder, s3://bucket/folder or gs://bucket/folder. Default: the setting remote.", show_default=False)]
+FromOption = Annotated[str, typer.Option("--from", help="A folder, drive, s3://bucket/folder or gs://bucket/folder. Default: the setting remote.", show_default=False)]
 
 # %% ../../nbs/90_app/14c_cli_sync.ipynb #81e777a9
 @command(sync_app, "push")
@@ -45,10 +45,12 @@ def _remote_of(text: str, home: Path | None) -> Any:  # a `deerml.data.remote.Re
     "The remote that is named, or that of the home. Raises `NO_REMOTE`."
     from deerml.core.errors import DeermlError
     from deerml.data.bucket import open_remote
-    text = text or home_at(home).settings.remote
-    if not text:
+    if text and text != "drive":
+        return open_remote(text)
+    found = home_at(home)
+    if not (text := text or found.settings.remote):
         raise DeermlError("NO_REMOTE", "No remote is named.", next_step="Name one with --from, or set remote in deerml.toml.")
-    return open_remote(text)
+    return open_remote(text, found.path)
 
 
 @command(sync_app, "pull")
@@ -84,7 +86,7 @@ def sync_status_command(
     from deerml.data.custody import summary_of_left, sync_status, what_left
     with Store.open(home_at(home)) as store:
         gone, place = what_left(store), store.home.settings.remote
-        found = sync_status(store, open_remote(place)) if place and not left else None
+        found = sync_status(store, open_remote(place, store.home.path)) if place and not left else None
     lines = [one.line for one in gone] if left else [found.sentence if found else "No remote is set, so no dataset leaves. (Setting: remote)"]
     say(as_json, escape("\n".join([*lines, summary_of_left(gone)])), **({"left": [asdict(one) for one in gone]} if left else {"photographs_left": len({one.image for one in gone}), "status": found and asdict(found)}))
 

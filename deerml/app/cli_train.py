@@ -76,7 +76,7 @@ def train_command(
     notebook: Annotated[Path | None, typer.Option(help="With --on: another notebook than the training notebook.", show_default=False)] = None,
     parameter: Annotated[list[str] | None, typer.Option("--parameter", "-p", help="With --on: NAME=VALUE for the notebook.", show_default=False)] = None,
     resume: Annotated[str | None, typer.Option(help="Go on with this run, which was interrupted.", show_default=False)] = None,
-    remote: Annotated[Path | None, typer.Option(help="A folder, as on a mounted drive, that gets the checkpoints every few minutes, and that --resume may take them from.", show_default=False)] = None,
+    remote: Annotated[str | None, typer.Option(help="A folder, as on a mounted drive, or s3://bucket/folder or gs://bucket/folder, that gets the checkpoints every few minutes, and that --resume takes them from on another machine.", show_default=False)] = None,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -108,13 +108,13 @@ def _estimated(home: Any, recipe: Any, dataset: str | None, as_json: bool, alone
     return told.to_dict()
 
 
-def _trained(home: Any, names: list[str], remote: Path | None, told: dict[str, Any] | None, as_json: bool) -> None:
+def _trained(home: Any, names: list[str], remote: str | None, told: dict[str, Any] | None, as_json: bool) -> None:
     "Carry out what was asked for; of several candidates one is chosen"
     from deerml.app.training import carry_out
     from deerml.app.trial import choose_candidate
     from deerml.capture.store import Store
-    from deerml.data.remote import FolderRemote
-    drive = FolderRemote(remote) if remote else None
+    from deerml.data.bucket import open_remote
+    drive = open_remote(remote) if remote else None
     with progress("train", as_json) as show:
         runs = {name: carry_out(home, name, lambda _what, done, total, name=name: show(name.rpartition("-")[2] if len(names) > 1 else "epochs", done, total), drive) for name in names}
     chosen = None
@@ -128,24 +128,14 @@ def _trained(home: Any, names: list[str], remote: Path | None, told: dict[str, A
 # %% ../../nbs/90_app/15_cli_train.ipynb #bb111be6
 def _begun(home: Any, recipe: Any, dataset: str | None, place: str, candidates: str, notebook: Path | None, parameters: list[str]) -> Any:
     "A job of one candidate. Raises `BAD_PARAMETER`, and as `submit_training` does."
-    import json
-
-    from deerml.app.training import submit_candidate, runner_for
-    from deerml.core.errors import DeermlError
-    given: dict[str, Any] = {}
-    for text in parameters:
-        name, equals, value = text.partition("=")
-        if not (name and equals):
-            raise DeermlError("BAD_PARAMETER", f"{text!r} is no parameter.", next_step="Write NAME=VALUE.")
-        try:
-            given[name] = json.loads(value)  # numbers, true and false, lists
-        except ValueError:
-            given[name] = value
-    return submit_candidate(home, runner_for(place), recipe, candidates.split(","), dataset, notebook, given)
+    from deerml.app.training import submit_candidate
+    from deerml.train.jobs import runner_for
+    from deerml.train.local import read_parameters
+    return submit_candidate(home, runner_for(place), recipe, candidates.split(","), dataset, notebook, read_parameters(parameters))
 
 
 def _resumed(home: Any, name: str, place: str) -> Any:
-    from deerml.app.training import resume_run, runner_for
+    from deerml.train.jobs import resume_run, runner_for
     return resume_run(home, name, runner_for(place))
 
 
@@ -167,8 +157,8 @@ def runs_callback(context: typer.Context, home: HomeOption = None, as_json: Json
 @command(runs_app, "list")
 def list_command(home: HomeOption = None, as_json: JsonOption = False) -> None:
     "Every training, the oldest first. `deerml runs` alone does the same."
-    from deerml.app.training import list_jobs
     from deerml.train.estimate import in_words
+    from deerml.train.jobs import list_jobs
     jobs = list_jobs(home_at(home))
     rows = [f"  {job.id:<32} {job.state:<10} {job.place:<6} {job.epochs_done:>4} of {job.epochs or '?':<4} epochs  {in_words(job.seconds) if job.seconds else ''}" for job in jobs]
     errors = [f"  {job.id}: {job.error['what']}" for job in jobs if job.error]
@@ -183,7 +173,7 @@ def logs_command(run: RunArgument, home: HomeOption = None, as_json: JsonOption 
     "What a training printed so far."
     from rich.markup import escape
 
-    from deerml.app.training import find_job, runner_for
+    from deerml.train.jobs import find_job, runner_for
     job = find_job(home_at(home), run)
     text = runner_for("local" if job.place == "here" else job.place).logs(job.path)
     say(as_json, escape(text) or "Nothing was printed yet.", run=run, text=text)
@@ -192,7 +182,7 @@ def logs_command(run: RunArgument, home: HomeOption = None, as_json: JsonOption 
 @command(runs_app, "cancel")
 def cancel_command(run: RunArgument, home: HomeOption = None, as_json: JsonOption = False) -> None:
     "End a training. What was done stays: `deerml train --resume` goes on."
-    from deerml.app.training import find_job, runner_for
+    from deerml.train.jobs import find_job, runner_for
     job = find_job(home_at(home), run)
     ended = runner_for("local" if job.place == "here" else job.place).cancel(job.path)
     say(as_json, f"The training {run} is [bold]{ended.state}[/].", **ended.to_dict())

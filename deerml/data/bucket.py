@@ -15,6 +15,8 @@ from typing import Any
 
 from ..core.durable import fsync_folder
 from ..core.errors import DeermlError
+from .drive_api import open_drive
+from .packs import DRIVE
 from .remote import MAX_FILE_BYTES, MAX_POINTER_BYTES, NAME, Entry, FolderRemote, Remote, check_name
 
 # %% ../../nbs/40_data/25_bucket.ipynb #205cceff
@@ -109,12 +111,17 @@ class FsspecRemote:
 
 # %% ../../nbs/40_data/25_bucket.ipynb #02a25736
 def open_remote(
-    text: str,  # a folder, or s3://bucket/folder, or gs://bucket/folder
+    text: str,  # a folder, "drive", s3://bucket/folder or gs://bucket/folder
+    home: Path | None = None,  # the home folder, where the login of a Google Drive is kept
 ) -> Remote:
-    "Raises `NO_REMOTE`, `NO_CLIENT`, `BAD_REMOTE`"
+    "Raises `NO_REMOTE`, `NO_CLIENT`, `BAD_REMOTE`, and for a Google Drive `NO_ACCOUNT`"
+    if text == DRIVE:
+        if home is None:
+            raise DeermlError("BAD_REMOTE", "The login of a Google Drive lies in a home, and this is none.", next_step="Mount the Drive and name its folder deerml.")
+        return open_drive(home)
     scheme = text.partition("://")[0] if "://" in text else ""
     if scheme in EXTRAS:
         return FsspecRemote(text)
     if scheme:
-        raise DeermlError("BAD_REMOTE", f"deerml does not know {scheme}://.", next_step="Name a folder, s3://bucket/folder or gs://bucket/folder.")
+        raise DeermlError("BAD_REMOTE", f"deerml does not know {scheme}://.", next_step="Name a folder, drive, s3://bucket/folder or gs://bucket/folder.")
     return FolderRemote(Path(text))

@@ -236,7 +236,7 @@ def allowed_training_remote(home: Home) -> Remote:
         if missing:
             raise DeermlError("NOTHING_LEAVES", "No photograph leaves the house unless you say so.", why=f"The setting {line.split()[0]} says nothing of it.", next_step=f"To train elsewhere, write in deerml.toml: {line}")
     check_policy(home)
-    return open_remote(home.settings.remote)
+    return open_remote(home.settings.remote, home.path)
 
 
 def sync_folder(

@@ -62,7 +62,7 @@ def push_state(
 
 # %% ../../nbs/50_train/09_mirror.ipynb #ee05593f
 def forget(remote: Remote, name: str) -> None:
-    "Remove a file, where the remote can; others keep it"
+    "Remove a file, where the remote can; in a bucket a lifecycle rule for `runs/` does it"
     if isinstance(remote, FolderRemote):
         (remote.path / check_name(name)).unlink(missing_ok=True)
     elif hasattr(remote, "remove"):
