@@ -17,7 +17,7 @@ from deerml.app import tick as room
 from deerml.app.cli import app
 from deerml.app.server import make_app
 from deerml.app.tick import STEPS, Turn, new_visits, read_memory, tick, why_train
-from deerml.app.training import list_jobs, prepare, recipe_for, request_run
+from deerml.app.training import prepare, recipe_for
 from deerml.app.trial import last_judgement
 from deerml.app.units import install_units, make_units
 from deerml.capture.store import Store
@@ -29,6 +29,7 @@ from deerml.data.manifest import list_versions
 from deerml.data.shelf import POINTER
 from deerml.model.bundle import spot_draft, spot_model
 from deerml.review.queue import undrawn_nights
+from deerml.train.jobs import list_jobs, request_run
 from deerml.train.runners import describe, write_begin
 from yards import START, yard
 

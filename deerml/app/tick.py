@@ -18,7 +18,7 @@ from typing import Literal
 
 import sqlalchemy as sa
 
-from .training import CHOSEN, Run, list_jobs, list_runs, prepare, recipe_for, resume_run, rivals_of, runner_for, submit_training
+from .training import CHOSEN, list_runs, prepare, recipe_for, rivals_of
 from .trial import choose_candidate, judge_bundle, last_judgement, seal_candidate, write_judgement_page
 from ..capture import schema
 from ..capture.store import Store, frames
@@ -33,6 +33,7 @@ from ..data.manifest import DatasetVersion, list_versions
 from ..data.push import push_dataset
 from ..model.bundle import Bundle, champion
 from ..review.queue import close_due, undrawn_nights
+from ..train.jobs import Run, list_jobs, resume_run, runner_for, submit_training
 from ..train.recipe import Recipe
 
 # %% ../../nbs/90_app/02b_tick.ipynb #caa2866e

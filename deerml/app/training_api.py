@@ -16,12 +16,13 @@ from pydantic import BaseModel, Field, StringConstraints
 from .http import ErrorText
 from .intake import Part, Text
 from .tick import unattended_recipe
-from .training import find_job, list_jobs, recipe_for, runner_for, submit_training
+from .training import recipe_for
 from ..core.clock import now, stamp
 from ..core.durable import canonical_json, sha256_bytes, write_json
 from ..core.errors import DeermlError
 from ..core.settings import Home
 from ..data.version import open_version
+from ..train.jobs import find_job, list_jobs, runner_for, submit_training
 from ..train.runners import Job
 
 # %% ../../nbs/90_app/07b_training_api.ipynb #18f4d1ee
