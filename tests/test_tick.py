@@ -137,6 +137,18 @@ def test_a_result_is_calibrated_judged_and_explained_once(tmp_path, small):
         assert said(store)["judge"][0] == "done", "a judgement without its page is made again"
 
 
+def test_of_rivals_one_is_chosen_when_all_are_done_and_it_alone_is_judged(tmp_path, small):
+    with small(tmp_path / "yard") as store:
+        said(store)
+        for name in ("fresh", "warm"):
+            request = result(store, name) / "request.json"
+            write_json(request, json.loads(request.read_bytes()) | {"rivals": ["fresh", "warm"]})
+            assert ("choose" in said(store, dry_run=True)) is (name == "warm"), "only when both are done"
+        done = said(store)
+        assert done.keys() == {"choose", "judge"} and {state for state, _ in done.values()} == {"done"}, done
+        assert sum((store.home.runs / name / "chosen.json").exists() for name in ("fresh", "warm")) == 1 and said(store) == {}
+
+
 def test_nothing_leaves_and_nothing_trains_by_itself(tmp_path, place, small):
     "Without a remote, or with one to which nothing may go, the tick does not even look there"
     with small(tmp_path / "yard", remote=str(tmp_path / "not there")) as store:
@@ -369,7 +381,8 @@ def test_systemd_takes_the_units(tmp_path, system):
     services = [dict(parsed(unit.text)["Service"]) for unit in units if unit.name.endswith("service")]
     assert all(one["NoNewPrivileges"] == "yes" and one["UMask"] == "0077" for one in services)
     assert all((one.get("ProtectSystem") == "strict" and one["User"] == "daemon") is system for one in services)
-    assert services[0]["KillMode"] == "process" and "OnUnitInactiveSec=20min" in units[1].text and '"8461"' in units[2].text
+    assert all(one["KillMode"] == "process" and "PrivateTmp" not in one for one in services), "a training that was begun lives on"
+    assert "OnUnitInactiveSec=20min" in units[1].text and '"8461"' in units[2].text
     if shutil.which("systemd-analyze"):
         ran = subprocess.run(["systemd-analyze", *([] if system else ["--user"]), "verify", *map(str, paths)], capture_output=True, text=True, env=os.environ | {"XDG_RUNTIME_DIR": str(tmp_path)})
         ours = [line for line in ran.stderr.splitlines() if "deerml" in line and "Failed to" not in line]
