@@ -16,6 +16,7 @@ from pydantic import Json
 from .http import ErrorBody, guarded_route, too_large
 from .intake import Id, Metadata, Text, take_in
 from .judging import Review, ReviewOut, judge
+from .training_api import RUN_NAME, TrainingAsked, TrainingOut, ask_training, find_training
 from deerml.app.sightings import (
     Asked, PageOut, Reviewed, StoredOut, WholeFrameOut, find_inference, frame_out, image_answer, page_of, sightings_out, training_set, whole_frame,
 )
@@ -46,6 +47,7 @@ def api_router(
     _add_detections(router, get_store, known_in, limit)
     _add_frames(router, get_store)
     _add_review(router, get_store, known_in, reviewer)
+    _add_training(router, get_store)
     return router
 
 # %% ../../nbs/90_app/08_api.ipynb #29b6489d
@@ -100,3 +102,18 @@ def _add_review(router: APIRouter, get_store: Callable[[], Store], known_in: Cal
         with store.read() as connection:
             known = known_in(store).update(connection)
         return ReviewOut(frame=frame_out(done.frame, done.known), training_set=training_set(store.home, known), operation_id=done.operation_id, recorded=done.recorded)
+
+# %% ../../nbs/90_app/08_api.ipynb #a343fda7
+def _add_training(router: APIRouter, get_store: Callable[[], Store]) -> None:
+    @router.post("/training-runs", status_code=202, responses=failures(409, 413, 507))
+    def post_training(
+        said: TrainingAsked,
+        idempotency_key: Annotated[Text | None, Header(description="The sender's name for this wish: a repetition begins nothing")] = None,
+    ) -> TrainingOut:
+        "Begin a training of a frozen dataset. The answer comes at once; GET with its `id` tells how it goes."
+        return ask_training(get_store().home, said, idempotency_key)
+
+    @router.get("/training-runs/{run_id}", responses=failures(404))
+    def get_training(run_id: Annotated[str, Path(pattern=RUN_NAME, description="The id that POST /api/training-runs answered")]) -> TrainingOut:
+        "How a training stands."
+        return find_training(get_store().home, run_id)

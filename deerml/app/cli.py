@@ -14,11 +14,11 @@ from typing import Annotated, Any
 
 import typer
 
-from . import cli_care, cli_drive, cli_home, cli_sources, cli_sync, cli_train
+from . import cli_care, cli_drive, cli_home, cli_sources, cli_sync, cli_tick, cli_train
 from .cli_review import PortOption, serve_review
 from .terminal import JsonOption, app, command, home_at, say
 
-ROOMS = cli_home, cli_sources, cli_drive, cli_sync, cli_train, cli_care  # each brings its commands
+ROOMS = cli_home, cli_sources, cli_drive, cli_sync, cli_train, cli_care, cli_tick  # each brings its commands
 
 # %% ../../nbs/90_app/17_cli.ipynb #20475bd3
 @command(app, "demo")

@@ -7,7 +7,7 @@ __all__ = ['doctor_command', 'backup_command', 'restore_command', 'verify_comman
 
 # %% ../../nbs/90_app/16_cli_care.ipynb #7b89444d
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,13 +15,37 @@ from .terminal import HomeOption, JsonOption, app, command, home_at, progress, s
 
 # %% ../../nbs/90_app/16_cli_care.ipynb #9d81ddd6
 @command(app, "doctor")
-def doctor_command(home: HomeOption = None, as_json: JsonOption = False) -> None:
+def doctor_command(
+    accounts: Annotated[bool, typer.Option("--accounts", help="Instead, every credential: what for, where to get it, where it is kept, and whether it works now.")] = False,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
     "Look for what is wrong or missing: versions, disk, database, cameras, models."
+    if accounts:
+        return _show_accounts(home_at(home), as_json)
     from deerml.app.status import examine_home
     findings = examine_home(home_at(home))
     marks = {"ok": "[green]ok[/]  ", "warn": "[yellow]look[/]", "bad": "[red]bad[/] "}
     say(as_json, "\n".join(f"  {marks[one.state]} {one.text}" + (f"\n       [dim]{one.next_step}[/]" if one.next_step else "") for one in findings), findings=[one.__dict__ for one in findings])
     if any(one.state == "bad" for one in findings):
+        raise typer.Exit(1)
+
+# %% ../../nbs/90_app/16_cli_care.ipynb #e1ec7a3d
+def _show_accounts(
+    home: Any,  # a `Home`
+    as_json: bool,
+) -> None:
+    from rich.markup import escape
+
+    from deerml.app.accounts import WITHOUT, credentials
+    found, marks = credentials(home), {"ok": "[green]works[/]", "absent": "[dim]none[/]", "bad": "[red]bad[/]", "unknown": "[yellow]?[/]"}
+    lines = []
+    for one in found:
+        lines += [f"[bold]{one.name}[/]: {marks[one.checked.state]}  {escape(one.checked.text)}", *([f"  [yellow]{escape(one.checked.next_step)}[/]"] if one.checked.next_step else []),
+                  f"  For: {escape(one.purpose)}", f"  Kept in: {escape(one.place)}{f' (mode {one.mode})' if one.mode else ''}"]
+        lines += [f"  {number}. {escape(step)}" for number, step in enumerate(one.steps, 1) if one.checked.state != "ok"]
+    say(as_json, "\n".join([*lines, "", WITHOUT]), credentials=[one.to_dict() for one in found], without=WITHOUT)
+    if any(one.checked.state == "bad" for one in found):
         raise typer.Exit(1)
 
 # %% ../../nbs/90_app/16_cli_care.ipynb #63e921c9

@@ -6,7 +6,6 @@
 __all__ = ['State', 'status_of', 'Finding', 'examine_home', 'Whole', 'verify_home']
 
 # %% ../../nbs/90_app/03_status.ipynb #1e805d42
-import json
 import platform
 import shutil
 import sqlite3
@@ -21,6 +20,7 @@ from typing import Literal
 import sqlalchemy as sa
 
 from .. import __version__
+from .tick import bundle_of_run
 from .training import list_runs
 from .trial import last_judgement
 from ..model.bundle import champion
@@ -92,7 +92,7 @@ def _next(store: Store, count: int, known: int, versions: Sequence, runs: Sequen
         return "deerml prepare", "Frames were reviewed since the last dataset was frozen." if versions else "No dataset was frozen yet."
     if not runs or runs[-1].result["dataset"] != versions[-1].name:
         return "deerml train", f"No model was trained on {versions[-1].name} yet."
-    sealed = _bundle_of(store, runs[-1].id)
+    sealed = bundle_of_run(store, runs[-1].id)
     judged = last_judgement(store, sealed) if sealed else None
     if judged is None:
         return "deerml gate", f"The training {runs[-1].id} was not judged yet."
@@ -114,13 +114,6 @@ def _reviewed_since(store: Store, folder: Path) -> bool:
     with store.read() as connection:
         newest = connection.scalar(sa.select(sa.func.max(schema.review_event.c.made_at)))
     return newest is not None and newest > frozen_at
-
-# %% ../../nbs/90_app/03_status.ipynb #74390c87
-def _bundle_of(store: Store, run: str) -> str | None:
-    "The digest that a run was sealed under"
-    with store.read() as connection:
-        rows = connection.execute(sa.select(schema.model.c.digest, schema.model.c.record).order_by(schema.model.c.made_at)).all()
-    return next((digest for digest, record in reversed(rows) if json.loads(record).get("run") == run), None)
 
 # %% ../../nbs/90_app/03_status.ipynb #24dd13ae
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typer.core import TyperGroup
 from ..core.errors import DeermlError
 
 # %% ../../nbs/90_app/11_terminal.ipynb #976ac1a5
-ORDER = ("init", "import", "review", "drive", "sync", "prepare", "train", "runs", "gate", "case", "publish", "deploy", "rollback", "adopt", "doctor", "backup", "restore", "verify", "retain", "demo")
+ORDER = ("init", "import", "review", "tick", "drive", "sync", "prepare", "train", "runs", "gate", "case", "publish", "deploy", "rollback", "adopt", "doctor", "backup", "restore", "verify", "retain", "install", "demo")
 
 
 class InOrder(TyperGroup):
