@@ -169,7 +169,8 @@ def agree(theirs: np.ndarray, ours: list) -> None:
 
 @with_ultralytics
 @pytest.mark.parametrize("name, kind, rect", [
-    ("yolov8n", "raw", True), ("yolov8n", "raw", False), ("yolo26n", "end2end", True),
+    ("yolov8n", "raw", True), ("yolo26n", "end2end", True),
+    pytest.param("yolov8n", "raw", False, marks=pytest.mark.slow),
     pytest.param("yolo26n", "raw", True, marks=pytest.mark.slow),
     pytest.param("yolo11n", "raw", True, marks=pytest.mark.slow),
 ])
