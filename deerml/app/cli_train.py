@@ -89,6 +89,8 @@ def train_command(
             return _submitted(found, _resumed(found, resume, on), None, as_json)
     else:
         recipe = recipe_for(found, from_scratch, base=base, epochs=epochs, image_size=image_size, batch=batch, seed=seed, minutes=minutes, device=device)
+        if on:
+            _may_train(found, on)  # before a machine is asked how fast it is
         told = _estimated(found, recipe, dataset, as_json, estimate)
         if estimate:
             return
@@ -124,6 +126,12 @@ def _trained(home: Any, names: list[str], remote: str | None, told: dict[str, An
     run = runs[chosen.name if chosen else names[0]]
     lines = [f"Trained [bold]{one.id}[/] on {one.result['dataset']} in {one.result['seconds']:.0f} s." for one in runs.values()]
     say(as_json, "\n".join([*lines, *([chosen.sentence] if chosen else []), "Next: [bold]deerml gate[/]"]), run=run.id, estimate=told, chosen=vars(chosen) if chosen else None, **run.result)
+
+# %% ../../nbs/90_app/15_cli_train.ipynb #e4a17c02
+def _may_train(home: Any, place: str) -> None:
+    "Raises `UNKNOWN_PLACE`, and what the place lacks"
+    from deerml.app.places import may_train_at
+    may_train_at(home, place)
 
 # %% ../../nbs/90_app/15_cli_train.ipynb #bb111be6
 def _begun(home: Any, recipe: Any, dataset: str | None, place: str, candidates: str, notebook: Path | None, parameters: list[str]) -> Any:
